@@ -1,0 +1,177 @@
+"""Weights in and out: every foreign layout is recognised by its keys, stripped, renamed and loaded in full or refused.
+
+Nothing is ever unpickled but tensors: `.safetensors`, or `torch.load(..., weights_only=True)`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cli import UserError
+from models.factory import MODELS, create_model
+from models.segformer import SegFormer
+
+State = dict[str, Tensor]
+
+# Under these a training framework nests the weights in its checkpoint.
+CONTAINERS = ("model", "state_dict", "model_state_dict", "state_dict_ema")
+# The modules that the published scripts save beside `student.`: CSF, Knowledge Review, PEA, GL-Mixer, EA; ours.
+DISTILLATION_KEYS = re.compile(
+    r"(fusion\.|alignment\.)?(skfs|abfs|embed\d_linearproject|attn4|conv[12]|fuse_weights|patch_embed\d)\."
+    r"|(alignment\.)?(atten|conv)_weight$"
+)
+HEAD_KEYS = ("linear_c", "linear_fuse.", "linear_pred.")
+
+
+def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
+    """A checkpoint's tensors and its metadata (empty except for our safetensors files).
+
+    Raises:
+        UserError: no such file, unreadable, or something in it is not a tensor.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weights at {path}; check the path, or see the model zoo in README.md")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a whole safetensors file ({error}); fetch or save it again") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(f"{path} can't be read as weights: damaged, or not tensors alone ({reason})") from error
+    while isinstance(content, Mapping) and (inner := next((k for k in CONTAINERS if k in content), None)):
+        content = content[inner]
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
+    strangers = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if strangers or not content:
+        raise UserError(f"{path} is not a state dict: {_some(strangers) or 'it is empty'}")
+    return dict(content), {}
+
+
+def strip_wrappers(state: State) -> State:
+    """The bare network of a checkpoint: without `module.`, `student.` and the distillation modules beside it."""
+    while all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    student = {key.removeprefix("student."): v for key, v in state.items() if key.startswith("student.")}
+    if not student:
+        return state
+    # A key that is neither the student's nor a known module's stays, so that loading refuses it by name.
+    others = {k: v for k, v in state.items() if not k.startswith("student.") and not DISTILLATION_KEYS.match(k)}
+    return student | others
+
+
+def recognise(state: State) -> str | None:
+    """The name of the model whose encoder these keys and shapes are, or None."""
+    depths, widths = [], []
+    for i in range(1, 5):
+        blocks = {int(m[1]) for key in state if (m := re.match(rf"block{i}\.(\d+)\.", key))}
+        proj = state.get(f"patch_embed{i}.proj.weight")
+        if not blocks or proj is None:
+            return None
+        depths.append(max(blocks) + 1)
+        widths.append(len(proj))
+    for name in MODELS:
+        with torch.device("meta"):
+            config = create_model(name).config
+        if (list(config.depths), list(config.channels)) == (depths, widths):
+            return name
+    return None
+
+
+def load_model(path: Path | str) -> SegFormer:
+    """The bare network from any recognised checkpoint, distilled or not, in eval mode.
+
+    Raises:
+        UserError: unreadable, no model we know, without a decode head, or keys that do not fit (listed).
+    """
+    state, _ = read_weights(path)
+    state = strip_wrappers(state)
+    name = recognise(state)
+    if name is None:
+        raise UserError(f"{path} holds no model that is known here ({_some(list(state))}); known: {', '.join(MODELS)}")
+    if "linear_pred.weight" not in state:
+        raise UserError(
+            f"{path} holds {name}'s encoder without a decode head, as ImageNet checkpoints do: it can start a training, not predict"
+        )
+    model = create_model(name, num_classes=len(state["linear_pred.weight"]))
+    _load(model, state, path)
+    return model.eval()
+
+
+def load_weights(model: SegFormer, path: Path | str) -> None:
+    """Load a whole network, decode head included, into `model`.
+
+    Raises:
+        UserError: as `load_model`, or the file holds another model.
+    """
+    state, _ = read_weights(path)
+    _load(model, strip_wrappers(state), path)
+
+
+def load_backbone(model: SegFormer, path: Path | str) -> bool:
+    """Start `model` from a checkpoint: an ImageNet encoder (its classifier is dropped) or a whole network.
+
+    Returns:
+        Whether the decode head was loaded too.
+
+    Raises:
+        UserError: the encoder's keys do not fit.
+    """
+    state, _ = read_weights(path)
+    state = strip_wrappers(state)
+    if "linear_pred.weight" in state:
+        _load(model, state, path)
+        return True
+    state = {key: value for key, value in state.items() if key not in ("head.weight", "head.bias")}
+    head = {key: value for key, value in model.state_dict().items() if key.startswith(HEAD_KEYS)}
+    _load(model, state | head, path)
+    return False
+
+
+def save_model(model: SegFormer, path: Path, **facts: Any) -> None:
+    """Write the bare network as safetensors, whole or not at all; `facts` go into its metadata as JSON."""
+    metadata = {
+        "format": "pt",
+        "model": model.name,
+        "num_classes": str(model.num_classes),
+        "facts": json.dumps(facts),
+    }
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    aside = path.with_name(path.name + ".tmp")
+    save_file(state, aside, metadata)
+    aside.replace(path)
+
+
+def _load(model: SegFormer, state: State, path: Path | str) -> None:
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in state]
+    unknown = [key for key in state if key not in wanted]
+    misfits = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if missing or unknown or misfits:
+        found = recognise(state)
+        looks = f"; it looks like {found}" if found and found != model.name else ""
+        parts = [("missing", missing), ("unknown", unknown), ("of another shape", misfits)]
+        detail = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in parts if keys)
+        raise UserError(f"{path} does not fit {model.name} with {model.num_classes} classes{looks} ({detail})")
+    model.load_state_dict(state)
+
+
+def _some(items: list[str], most: int = 8) -> str:
+    """The first few items, and how many more there are."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -1,0 +1,59 @@
+"""Cross Selective Fusion (CSF), the feature-map distillation of TransKD.
+
+Liu et al., arXiv 2202.13393, section III-B; the selection follows Selective Kernel Networks (Li et al., CVPR 2019).
+From the deepest stage up, each student feature is fused with what came from below it and then
+expanded to the teacher's width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SelectiveKernelFusion(nn.Module):
+    """One stage of CSF: squeeze to `mid` channels, fuse with the deeper stage's map, expand to the teacher's width."""
+
+    def __init__(self, student_channels: int, teacher_channels: int, *, mid: int = 64, fuses: bool = True) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(student_channels, mid, 1, bias=False), nn.BatchNorm2d(mid))
+        self.conv2 = nn.Sequential(
+            nn.Conv2d(mid, teacher_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(teacher_channels),
+        )
+        nn.init.kaiming_uniform_(self.conv1[0].weight, a=1)
+        nn.init.kaiming_uniform_(self.conv2[0].weight, a=1)
+        if fuses:
+            reduced = mid // 2
+            self.fc = nn.Sequential(nn.Conv2d(mid, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU())
+            # A batch of one leaves BatchNorm a single value per channel and nothing to normalise; the published
+            # code then takes this squeeze, with weights of its own.
+            self.fc1 = nn.Sequential(nn.Conv2d(mid, reduced, 1, bias=False), nn.ReLU())
+            self.fcs = nn.ModuleList([nn.Conv2d(reduced, mid, 1) for _ in range(2)])
+
+    def forward(self, feature: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
+        """F_i (B, C_S, h, w) and the deeper stage's fused map -> (B, C_T, h, w) and the fused map (B, mid, h, w)."""
+        x = self.conv1(feature)
+        if deeper is not None:
+            y = F.interpolate(deeper, x.shape[-2:], mode="nearest")
+            s = (x + y).mean((2, 3), keepdim=True)  # (B, mid, 1, 1)
+            z = self.fc(s) if len(s) > 1 else self.fc1(s)
+            a_x, a_y = torch.stack([fc(z) for fc in self.fcs]).softmax(0)  # they sum to one per channel
+            x = a_x * x + a_y * y
+        return self.conv2(x), x
+
+
+class CrossSelectiveFusion(nn.Module):
+    """CSF over all stages; `skfs` is stored deepest stage first, as published."""
+
+    def __init__(self, student_channels: tuple[int, ...], teacher_channels: tuple[int, ...]) -> None:
+        super().__init__()
+        pairs = list(zip(student_channels, teacher_channels, strict=True))[::-1]
+        self.skfs = nn.ModuleList(SelectiveKernelFusion(c_s, c_t, fuses=i > 0) for i, (c_s, c_t) in enumerate(pairs))
+
+    def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Student features F1..F4 (B, C_S, h_i, w_i) -> fused features 1..4 (B, C_T, h_i, w_i)."""
+        fused, deeper = [], None
+        for skf, feature in zip(self.skfs, reversed(features), strict=True):
+            out, deeper = skf(feature, deeper)
+            fused.append(out)
+        return tuple(reversed(fused))

@@ -1,0 +1,93 @@
+"""The distiller: a student, a frozen teacher, and the modules between them that are thrown away afterwards."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.distillation.csf import CrossSelectiveFusion
+from models.distillation.losses import cross_entropy, hierarchical_context_loss
+from models.distillation.pea import PatchEmbeddingAlignment
+from models.segformer import SegFormer, SegmentationOutput
+
+FeatureLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+
+
+class Distiller(nn.Module):
+    """Holds a student that doesn't know it is being distilled, and owns what is learned beside it.
+
+    total = CE + feature_weight · feature_loss(CSF(F^S), F^T) + Σ_i w_i · MSE(P_i, E_i^T)
+
+    `distiller.student.state_dict()` is the deployable model. Without a teacher it is plain supervised training:
+    teachers and students alone are trained by the same loop.
+
+    Args:
+        student: the network that learns.
+        class_weights: (classes + 1,), 0 for the ignore index, which is the last output.
+        teacher: frozen here, in eval mode, moved with the distiller but neither saved nor trained with it.
+        fusion: CSF, or None for no feature-map loss.
+        alignment: PEA, GL-Mixer or EA, or None for no embedding loss.
+        feature_loss: between the fused features and the teacher's; `feature_loss_name` is its name in the logs.
+        feature_weight: its weight.
+        embed_weights: w_i of the aligned stages, in their order.
+    """
+
+    class_weights: Tensor
+
+    def __init__(
+        self,
+        student: SegFormer,
+        class_weights: Sequence[float],
+        *,
+        teacher: SegFormer | None = None,
+        fusion: CrossSelectiveFusion | None = None,
+        alignment: PatchEmbeddingAlignment | None = None,
+        feature_loss: FeatureLoss = hierarchical_context_loss,
+        feature_loss_name: str = "hcl",
+        feature_weight: float = 1.0,
+        embed_weights: Sequence[float] = (0.1, 0.1, 0.5, 1.0),
+    ) -> None:
+        super().__init__()
+        self.student, self.fusion, self.alignment = student, fusion, alignment
+        self.feature_loss, self.feature_loss_name = feature_loss, feature_loss_name
+        self.feature_weight, self.embed_weights = feature_weight, tuple(embed_weights)
+        self.register_buffer("class_weights", torch.tensor(class_weights), persistent=False)
+        # Not a submodule: it is neither trained nor saved nor counted.
+        object.__setattr__(self, "teacher", teacher and teacher.eval().requires_grad_(False))
+
+    teacher: SegFormer | None
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """One training step's losses by name, weighted: their sum is the total.
+
+        Args:
+            images: (B, 3, H, W), RGB in [0, 1].
+            labels: (B, ceil(H/4), ceil(W/4)), train ids, the last index for ignore.
+        """
+        student = self.student(images)
+        losses = {"ce": cross_entropy(student.logits, labels, self.class_weights)}
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = self.teacher(images, logits=False)
+            losses |= self.distillation_losses(images, student, teacher)
+        return losses
+
+    def distillation_losses(
+        self, images: Tensor, student: SegmentationOutput, teacher: SegmentationOutput
+    ) -> dict[str, Tensor]:
+        """The teacher's share of the losses; a new method overrides this."""
+        losses = {}
+        if self.fusion is not None:
+            loss = self.feature_loss(self.fusion(student.features), teacher.features)
+            losses[self.feature_loss_name] = self.feature_weight * loss
+        if self.alignment is not None:
+            aligned = self.alignment(images, student)
+            for (i, projected), weight in zip(aligned.items(), self.embed_weights, strict=True):
+                losses[f"embed{i}"] = weight * nn.functional.mse_loss(projected, teacher.embeddings[i - 1])
+        return losses
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> "Distiller":
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)  # .to(device) and the like take the teacher along
+        return super()._apply(fn, recurse)

@@ -1,0 +1,24 @@
+"""Every segmentation model by name. A new architecture takes one line here."""
+
+from collections.abc import Callable
+from functools import partial
+
+from cli import UserError
+from models import segformer
+from models.segformer import SegFormer
+
+BUILDERS: dict[str, Callable[..., SegFormer]] = {
+    **{name: partial(SegFormer, name) for name in segformer.CONFIGS},
+}
+MODELS = tuple(BUILDERS)
+
+
+def create_model(name: str, num_classes: int = 20) -> SegFormer:
+    """A freshly initialised model; its output has `.logits`, `.features`, `.embeddings`.
+
+    Raises:
+        UserError: no model has that name.
+    """
+    if name not in BUILDERS:
+        raise UserError(f"no model is called {name!r}; choose one of {', '.join(MODELS)}")
+    return BUILDERS[name](num_classes=num_classes)

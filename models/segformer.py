@@ -1,0 +1,105 @@
+"""SegFormer B0–B5: the Mix Transformer with an all-MLP decode head (Xie et al., NeurIPS 2021).
+
+As in the published TransKD code the network takes RGB in [0, 1] and predicts at a quarter of the image's size.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.pyramid import PyramidConfig, PyramidTransformer
+
+CONFIGS: dict[str, tuple[PyramidConfig, int]] = {  # encoder, width D of the decode head
+    "segformer_b0": (PyramidConfig((32, 64, 160, 256), (2, 2, 2, 2)), 256),
+    "segformer_b1": (PyramidConfig((64, 128, 320, 512), (2, 2, 2, 2)), 256),
+    "segformer_b2": (PyramidConfig((64, 128, 320, 512), (3, 4, 6, 3)), 768),
+    "segformer_b3": (PyramidConfig((64, 128, 320, 512), (3, 4, 18, 3)), 768),
+    "segformer_b4": (PyramidConfig((64, 128, 320, 512), (3, 8, 27, 3)), 768),
+    "segformer_b5": (PyramidConfig((64, 128, 320, 512), (3, 6, 40, 3)), 768),
+}
+
+
+class SegmentationOutput(NamedTuple):
+    """What every segmentation model of this project returns."""
+
+    logits: Tensor | None  # (B, classes, ceil(H/4), ceil(W/4)); None when they were not asked for
+    features: tuple[Tensor, ...]  # F1..F4, (B, C_i, h_i, w_i)
+    embeddings: tuple[Tensor, ...]  # E1..E4, (B, h_i·w_i, C_i)
+
+
+class StageProjection(nn.Module):
+    """The head's Linear of one stage, under its published name."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, width)
+
+
+class Fuse(nn.Module):
+    """The head's 1×1 convolution over the concatenated stages, and its BatchNorm, under their published names."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4 * width, width, 1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+
+class SegFormer(PyramidTransformer):
+    """SegFormer; parameters are named as in the published checkpoints."""
+
+    def __init__(self, name: str, num_classes: int = 20) -> None:
+        config, width = CONFIGS[name]
+        super().__init__(config)
+        self.name, self.num_classes, self.channels = name, num_classes, config.channels
+        for i in range(4, 0, -1):
+            setattr(
+                self,
+                f"linear_c{i}",
+                StageProjection(config.channels[i - 1], width),
+            )
+        self.linear_fuse = Fuse(width)
+        self.dropout = nn.Dropout2d(0.1)
+        self.linear_pred = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, images: Tensor, logits: bool = True) -> SegmentationOutput:
+        """Images (B, 3, H, W), RGB in [0, 1], any size -> logits, features, embeddings.
+
+        With `logits=False` the decode head does not run: a teacher's logits enter no loss of TransKD.
+        """
+        features, embeddings = self.encode(images)
+        return SegmentationOutput(self.decode(features) if logits else None, features, embeddings)
+
+    def decode(self, features: tuple[Tensor, ...]) -> Tensor:
+        """F1..F4 -> logits (B, classes, h_1, w_1).
+
+        The head is: Linear per stage to D channels, bilinear resize to stride 4, concatenation (stage 4 first),
+        1×1 convolution to D, BatchNorm, ReLU, classifier. Everything before BatchNorm is linear and resizing
+        commutes with it, so the two matrices are multiplied first, (D×D)·(D×C_i), and the product is applied at
+        each stage's own resolution: the same numbers for a fraction of the arithmetic. In evaluation BatchNorm,
+        linear too, goes into the product.
+        """
+        bn = self.linear_fuse.bn
+        fuse = self.linear_fuse.conv.weight.flatten(1)  # (D, 4·D)
+        bias = torch.zeros_like(bn.bias)
+        if fold := not self.training and bn.running_mean is not None and bn.running_var is not None:
+            scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+            fuse = fuse * scale[:, None]
+            bias = bn.bias - bn.running_mean * scale
+        size = features[0].shape[-2:]
+        maps = []
+        for i, fuse_i in zip((4, 3, 2, 1), fuse.chunk(4, dim=1), strict=True):
+            linear: nn.Linear = getattr(self, f"linear_c{i}").proj
+            bias = bias + fuse_i @ linear.bias  # resizing leaves a constant as it is: one bias for all stages
+            x = features[i - 1].permute(0, 2, 3, 1)  # (B, h_i, w_i, C_i), contiguous
+            maps.append((x, fuse_i @ linear.weight))
+        (x, weight) = maps.pop()
+        out = F.linear(x, weight, bias).permute(0, 3, 1, 2)  # (B, D, h_1, w_1), channels_last
+        for x, weight in maps:
+            y = F.linear(x, weight).permute(0, 3, 1, 2)
+            out = out + F.interpolate(y, size, mode="bilinear", align_corners=False)
+        if not fold:
+            out = bn(out)
+        return self.linear_pred(self.dropout(F.relu(out)))

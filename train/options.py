@@ -1,0 +1,238 @@
+"""Every number of a run as a typed flag, with the published value as default.
+
+Liu et al., arXiv 2202.13393, section IV-B. The options are saved as options.json in the run's folder.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from cli import UserError
+from datasets import Augmentation
+from models import create_model, load_backbone, load_weights
+from models.distillation.losses import FEATURE_LOSSES
+from models.factory import MODELS
+from models.segformer import SegFormer
+
+ROOT = Path(__file__).resolve().parents[1]
+MIN_HEIGHT = 64  # below this stage 4 has a single row and BatchNorm has nothing to normalise
+
+
+@dataclass(kw_only=True)
+class TrainingOptions:
+    """Flags of every training script."""
+
+    method: ClassVar[str]
+    """Name of the method; the run's folder is called after it."""
+    network: ClassVar[str] = "student"
+    """What the network that learns is called; its weights are written as NETWORK.safetensors."""
+
+    dataset: Literal["cityscapes", "ACDC"] = "cityscapes"
+    """Data set: which folders and names to look for below --datadir."""
+    datadir: Path
+    """Root of the data set, the folder that holds leftImg8bit/ and gtFine/ (Cityscapes) or rgb_anon/ and gt/ (ACDC)."""
+    height: int = 512
+    """Images are resized so that their shorter side has this many pixels."""
+    subset_every: int = 1
+    """Train on every N-th image of the sorted training split."""
+    train_list: Path | None = None
+    """Train on the images that this text file names, one a line."""
+    cache: bool = True
+    """Keep the resized images in a memory-mapped cache: the same numbers, without decoding."""
+    num_workers: int = 4
+    """Processes that prepare batches; 0 prepares them in this one."""
+
+    num_epochs: int = 1000
+    """Passes over the training images."""
+    batch_size: int = 2
+    """Images a step. A larger batch at the same number of epochs means fewer steps, and a lower mIoU: a reader of the
+    original trained at 10 instead of 2 and got 62.1 instead of 68.6."""
+    max_steps: int | None = None
+    """Stop after this many steps in all (validating and saving as at an epoch's end)."""
+    lr: float = 6e-5
+    """Learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay, on every parameter."""
+    lr_decay_epochs: int = 1500
+    """The learning rate falls once an epoch, linearly, and would be 0 at this epoch."""
+    lr_power: float = 1.0
+    """Power of the polynomial decay."""
+    flip: bool = True
+    """Flip images from left to right, half of the time."""
+    shift: int = 2
+    """Translate by up to this many label pixels (four image pixels each) in x and y."""
+    published_shift: bool = False
+    """Translate image and label by the same number of pixels, misaligned, as the published code does."""
+
+    output_dir: Path | None = None
+    """The run's folder. Default: outputs/METHOD_DATASET in the repository."""
+    resume: bool = False
+    """Go on from the run's last checkpoint."""
+    validate_every: int = 1
+    """Validate, and write a checkpoint, every N epochs."""
+    save_every: float = 30.0
+    """Write a checkpoint also after this many minutes within an epoch."""
+    steps_loss: int = 50
+    """Log the losses every N steps."""
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run's folder."""
+    seed: int = 0
+    """Seed of initialisation, data order, augmentation and dropout."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can't work before any work is done.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        for name in (
+            "subset_every",
+            "num_epochs",
+            "batch_size",
+            "validate_every",
+            "steps_loss",
+            "lr_decay_epochs",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        for name in ("num_workers", "shift", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it can't be negative")
+        if self.height < MIN_HEIGHT:
+            raise UserError(f"--height is {self.height}; the network's four stages need at least {MIN_HEIGHT}")
+        if not self.lr > 0:
+            raise UserError(f"--lr is {self.lr}; it must be positive")
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir or ROOT / "outputs" / f"{self.method}_{self.dataset}"
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return Augmentation(flip=self.flip, shift=self.shift, published_shift=self.published_shift, seed=self.seed)
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as plain JSON values, method and network included."""
+        values = {"method": self.method, "network": self.network} | dataclasses.asdict(self)
+        return json.loads(json.dumps(values, default=str))
+
+
+@dataclass(kw_only=True)
+class DistillationOptions(TrainingOptions):
+    """Flags of the distillation scripts."""
+
+    teacher_model: Literal[MODELS] = "segformer_b2"  # type: ignore[valid-type]
+    """Architecture of the teacher."""
+    teacher_weights: Path | None = None
+    """A trained teacher. Default: the published name in outputs/, e.g. segformerb2_teacher_cityscapes.pth."""
+    student_model: Literal[MODELS] = "segformer_b0"  # type: ignore[valid-type]
+    """Architecture of the student."""
+    student_weights: Path | None = None
+    """Start the student from these weights (an ImageNet encoder or a whole network) instead of from scratch."""
+    student_pretrained: bool = False
+    """Start the student from its ImageNet encoder in ckpt_pretrained/."""
+    validate_teacher: bool = False
+    """Measure the teacher on the validation split first."""
+
+    embed: Literal[0, 1, 2, 3, 4, 5] = 5
+    """Patch embeddings that are distilled: 0 none, 1–4 that stage alone, 5 all four."""
+    embed_weights: tuple[float, float, float, float] = (0.1, 0.1, 0.5, 1.0)
+    """Weights of the four stages' embedding losses (with --embed 5; a single stage has weight 1)."""
+    knowledge_distillation_loss: Literal["hcl", "CWloss", "KL"] = "hcl"
+    """Loss between the fused features and the teacher's: hierarchical context, softmax over space, over channels."""
+    review_kd_loss_weight: float = 1.0
+    """Weight of the hierarchical context loss."""
+    lambda_cwd: float = 1.0
+    """Weight of CWloss and KL."""
+    temperature: float = 1.0
+    """Temperature of CWloss and KL."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise UserError(f"--temperature is {self.temperature}; it must be positive")
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The stages whose embeddings are aligned."""
+        return {0: (), 5: (1, 2, 3, 4)}.get(self.embed, (self.embed,))
+
+    def losses(self) -> dict[str, Any]:
+        """The loss arguments of `Distiller`."""
+        name = self.knowledge_distillation_loss
+        loss = FEATURE_LOSSES[name]
+        hcl = name == "hcl"
+        return {
+            "feature_loss": loss if hcl else lambda s, t: loss(s, t, self.temperature),
+            "feature_loss_name": name,
+            "feature_weight": self.review_kd_loss_weight if hcl else self.lambda_cwd,
+            "embed_weights": self.embed_weights if self.embed == 5 else (1.0,) * len(self.stages),
+        }
+
+    def student(self, num_classes: int) -> SegFormer:
+        """The student as it starts. Built first, so that one seed gives every method the same student."""
+        return new_student(self, num_classes)
+
+    def teacher(self, num_classes: int) -> SegFormer:
+        """The trained teacher.
+
+        Raises:
+            UserError: no weights, or weights of another model.
+        """
+        name = f"{self.teacher_model.replace('_', '')}_teacher_{self.dataset.lower()}.pth"
+        path = self.teacher_weights or ROOT / "outputs" / name
+        if not path.is_file():
+            raise UserError(
+                f"no teacher at {path}; train one with train/teacher.py, or name one with --teacher-weights"
+            )
+        teacher = create_model(self.teacher_model, num_classes)
+        load_weights(teacher, path)
+        return teacher
+
+
+def new_student(options: Any, num_classes: int) -> SegFormer:
+    """A student from scratch, or from the weights that the options name."""
+    model = create_model(options.student_model, num_classes)
+    path = options.student_weights
+    if path is None and options.student_pretrained:
+        path = pretrained_path(options.student_model)
+    if path is not None:
+        load_backbone(model, path)
+    return model
+
+
+def pretrained_path(model: str) -> Path:
+    """Where a model's ImageNet encoder is expected: ckpt_pretrained/mit_b2.pth for segformer_b2."""
+    path = ROOT / "ckpt_pretrained" / f"{model.replace('segformer', 'mit')}.pth"
+    if not path.is_file():
+        raise UserError(f"no ImageNet weights at {path}; ckpt_pretrained/README.md says where to get them")
+    return path
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a flag names; `auto` is a GPU where there is one.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is no device; say cpu, cuda, cuda:1 or auto") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: this machine shows torch {torch.cuda.device_count()} CUDA GPUs; try --device cpu"
+        )
+    return device
