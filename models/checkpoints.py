@@ -103,7 +103,8 @@ def load_model(path: Path | str) -> SegFormer:
         raise UserError(f"{path} holds no model that is known here ({_some(list(state))}); known: {', '.join(MODELS)}")
     if "linear_pred.weight" not in state:
         raise UserError(
-            f"{path} holds {name}'s encoder without a decode head, as ImageNet checkpoints do: it can start a training, not predict"
+            f"{path} holds {name}'s encoder without a decode head, as ImageNet checkpoints do; "
+            "it can start a training, not predict"
         )
     model = create_model(name, num_classes=len(state["linear_pred.weight"]))
     _load(model, state, path)

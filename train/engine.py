@@ -106,7 +106,7 @@ def train(distiller: Distiller, data: tuple[SceneDataset, SceneDataset], options
 
         while state.epoch <= options.num_epochs and state.step < total_steps:
             distiller.train()
-            lr = schedule.get_last_lr()[0]
+            lr = float(schedule.get_last_lr()[0])
             for images, labels, _ in training_batches(
                 train_set,
                 batch_size=options.batch_size,
@@ -169,6 +169,7 @@ def recipe(distiller: Distiller, options: TrainingOptions) -> tuple[AdamW, Polyn
         betas=options.betas,
         eps=options.eps,
         weight_decay=options.weight_decay,
+        fused=True,
     )
     schedule = PolynomialLR(optimizer, total_iters=options.lr_decay_epochs, power=options.lr_power)
     optimizer.step()  # without gradients it changes nothing; it keeps PolynomialLR from warning about the order

@@ -104,7 +104,10 @@ class Tracker:
         rate = self.images_total / (now - self.started)
         left = (now - self.started) / self.steps_here * (self.total_steps - self.step)
         terms = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-        text = f"epoch {epoch}  step {self.step}/{self.total_steps}  {terms}  lr {lr:.2e}  {rate:.1f} images/s  {_duration(left)} left"
+        text = (
+            f"epoch {epoch}  step {self.step}/{self.total_steps}  {terms}  lr {lr:.2e}  "
+            f"{rate:.1f} images/s  {_duration(left)} left"
+        )
         if self.task is not None:
             self.bar.update(self.task, description=text, completed=self.step)
         elif now - self.last_line > self.LINE_SECONDS:

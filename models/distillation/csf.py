@@ -15,13 +15,12 @@ class SelectiveKernelFusion(nn.Module):
 
     def __init__(self, student_channels: int, teacher_channels: int, *, mid: int = 64, fuses: bool = True) -> None:
         super().__init__()
-        self.conv1 = nn.Sequential(nn.Conv2d(student_channels, mid, 1, bias=False), nn.BatchNorm2d(mid))
-        self.conv2 = nn.Sequential(
-            nn.Conv2d(mid, teacher_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(teacher_channels),
-        )
-        nn.init.kaiming_uniform_(self.conv1[0].weight, a=1)
-        nn.init.kaiming_uniform_(self.conv2[0].weight, a=1)
+        squeeze = nn.Conv2d(student_channels, mid, 1, bias=False)
+        expand = nn.Conv2d(mid, teacher_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_uniform_(squeeze.weight, a=1)
+        nn.init.kaiming_uniform_(expand.weight, a=1)
+        self.conv1 = nn.Sequential(squeeze, nn.BatchNorm2d(mid))
+        self.conv2 = nn.Sequential(expand, nn.BatchNorm2d(teacher_channels))
         if fuses:
             reduced = mid // 2
             self.fc = nn.Sequential(nn.Conv2d(mid, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU())

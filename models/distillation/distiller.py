@@ -24,7 +24,7 @@ class Distiller(nn.Module):
 
     Args:
         student: the network that learns.
-        class_weights: (classes + 1,), 0 for the ignore index, which is the last output.
+        class_weights: one per output, 0 for the ignore index, which is the last; None weighs all classes alike.
         teacher: frozen here, in eval mode, moved with the distiller but neither saved nor trained with it.
         fusion: CSF, or None for no feature-map loss.
         alignment: PEA, GL-Mixer or EA, or None for no embedding loss.
@@ -38,7 +38,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: SegFormer,
-        class_weights: Sequence[float],
+        class_weights: Sequence[float] | None,
         *,
         teacher: SegFormer | None = None,
         fusion: CrossSelectiveFusion | None = None,
@@ -52,7 +52,8 @@ class Distiller(nn.Module):
         self.student, self.fusion, self.alignment = student, fusion, alignment
         self.feature_loss, self.feature_loss_name = feature_loss, feature_loss_name
         self.feature_weight, self.embed_weights = feature_weight, tuple(embed_weights)
-        self.register_buffer("class_weights", torch.tensor(class_weights), persistent=False)
+        weights = class_weights or (1.0,) * (student.num_classes - 1) + (0.0,)
+        self.register_buffer("class_weights", torch.tensor(weights), persistent=False)
         # Not a submodule: it is neither trained nor saved nor counted.
         object.__setattr__(self, "teacher", teacher and teacher.eval().requires_grad_(False))
 

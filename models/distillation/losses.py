@@ -3,7 +3,7 @@
 Shapes: B batch, K classes, (h, w) a stage's map, C channels. Every loss is a scalar, a mean over the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ def _divergence(pairs: Sequence[tuple[Tensor, Tensor]], dim: int, temperature: f
     return total * temperature**2
 
 
-FEATURE_LOSSES = {
+FEATURE_LOSSES: dict[str, Callable[..., Tensor]] = {
     "hcl": hierarchical_context_loss,
     "CWloss": channel_wise_divergence,
     "KL": pixel_wise_divergence,
