@@ -1,9 +1,10 @@
-"""What every command of the project shares: typed flags, and one clear line for a user's mistake."""
+"""What every command of the project shares: typed flags, one clear line for a user's mistake, the device."""
 
 import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import tyro
 
 T = TypeVar("T")
@@ -16,14 +17,30 @@ class UserError(Exception):
 def run(main: Callable[[T], None], options: type[T]) -> None:
     """Parse the command line into `options`, call `main`, and turn mistakes into exit codes.
 
-    A `UserError` ends in one line on stderr and exit code 2, an interrupt in exit code 130.
-    Anything else is a bug of ours and keeps its traceback.
+    The module's docstring is the manual that `--help` shows. A `UserError` ends in one line on stderr and exit
+    code 2, an interrupt in exit code 130. Anything else is a bug of ours and keeps its traceback.
     """
     try:
-        main(tyro.cli(options))
+        main(tyro.cli(options, description=sys.modules[main.__module__].__doc__))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a flag names; `auto` is a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} does not work here; use cpu or auto") from error
+    return device

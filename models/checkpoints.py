@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cli import UserError
 from models.factory import MODELS, create_model
-from models.segformer import SegFormer
+from models.segformer import CONFIGS, SegFormer
 
 State = dict[str, Tensor]
 
@@ -82,9 +82,7 @@ def recognise(state: State) -> str | None:
             return None
         depths.append(max(blocks) + 1)
         widths.append(len(proj))
-    for name in MODELS:
-        with torch.device("meta"):
-            config = create_model(name).config
+    for name, (config, _) in CONFIGS.items():
         if (list(config.depths), list(config.channels)) == (depths, widths):
             return name
     return None

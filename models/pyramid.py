@@ -141,7 +141,8 @@ class PyramidTransformer(nn.Module):
     def __init__(self, config: PyramidConfig, drop_path_rate: float = 0.1) -> None:
         super().__init__()
         self.config = config
-        rates = torch.linspace(0, drop_path_rate, sum(config.depths)).tolist()
+        blocks_before_last = sum(config.depths) - 1
+        rates = [drop_path_rate * k / blocks_before_last for k in range(blocks_before_last + 1)]
         for i, embed in enumerate(patch_embeddings((3, *config.channels[:3]), config.channels), start=1):
             setattr(self, f"patch_embed{i}", embed)
         stages = zip(

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import PolynomialLR
 
-from cli import UserError
+from cli import UserError, find_device
 from datasets import SceneDataset, open_split
 from datasets.classes import Classes
 from datasets.loading import training_batches
@@ -26,7 +26,7 @@ from datasets.transforms import to_float
 from eval.inference import evaluate
 from models import save_model
 from models.distillation import Distiller
-from train.options import TrainingOptions, pick_device
+from train.options import TrainingOptions
 from train.tracking import Tracker
 
 
@@ -66,11 +66,13 @@ def train(distiller: Distiller, data: tuple[SceneDataset, SceneDataset], options
         UserError: the folder holds another run, or `--resume` finds none.
     """
     train_set, val_set = data
-    device = pick_device(options.device)
-    run_dir = open_run_dir(options)
+    device = find_device(options.device)
+    parameters = sum(p.numel() for p in distiller.student.parameters())
+    run_dir = open_run_dir(options, parameters)
     distiller.to(device)
     optimizer, schedule = recipe(distiller, options)
     state = State()
+    torch.manual_seed(options.seed)  # building other modules drew other numbers; dropout is to be the same
     if options.resume:
         state = restore(run_dir, distiller, optimizer, schedule, device)
 
@@ -177,7 +179,7 @@ def recipe(distiller: Distiller, options: TrainingOptions) -> tuple[AdamW, Polyn
     return optimizer, schedule
 
 
-def open_run_dir(options: TrainingOptions) -> Path:
+def open_run_dir(options: TrainingOptions, parameters: int) -> Path:
     """Make the run's folder and write options.json.
 
     Raises:
@@ -190,7 +192,8 @@ def open_run_dir(options: TrainingOptions) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not options.resume:
             (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-        (run_dir / "options.json").write_text(json.dumps(options.as_json(), indent=2) + "\n")
+        facts = options.as_json() | {"parameters": parameters}
+        (run_dir / "options.json").write_text(json.dumps(facts, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"can't write to {run_dir} ({error.strerror}); choose another --output-dir") from error
     return run_dir

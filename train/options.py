@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
-
 from cli import UserError
 from datasets import Augmentation
 from models import create_model, load_backbone, load_weights
@@ -217,22 +215,3 @@ def pretrained_path(model: str) -> Path:
     if not path.is_file():
         raise UserError(f"no ImageNet weights at {path}; ckpt_pretrained/README.md says where to get them")
     return path
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that a flag names; `auto` is a GPU where there is one.
-
-    Raises:
-        UserError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name} is no device; say cpu, cuda, cuda:1 or auto") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: this machine shows torch {torch.cuda.device_count()} CUDA GPUs; try --device cpu"
-        )
-    return device

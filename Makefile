@@ -1,0 +1,32 @@
+# Two commands do everything: `make demo` (try the project) and `make test` (check it).
+PYTHON ?= python3
+VENV := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/runtime
+	$(VENV)/python demo.py
+
+test: .venv/dev
+	$(VENV)/python -m pytest
+
+lint: .venv/dev
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+
+bench: .venv/dev
+	$(VENV)/python -m benchmarks
+
+.venv/runtime: requirements.txt
+	test -x $(VENV)/python || $(PYTHON) -m venv .venv
+	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev: requirements.txt requirements-dev.txt
+	test -x $(VENV)/python || $(PYTHON) -m venv .venv
+	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv outputs/demo

@@ -1,0 +1,95 @@
+"""The classes of a data set: names, colours, weights and the values its label files hold.
+
+Nothing outside this file knows how many classes there are: a network has `num_outputs` outputs,
+the last of which stands for "ignore", as in the published code.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Encoding = Literal["train_ids", "label_ids"]
+
+UNEXPECTED = 255
+"""What `Classes.table` gives for a value that must not occur in a label file."""
+
+
+@dataclass(frozen=True, eq=False)
+class Classes:
+    """n classes with train ids 0 .. n-1, and the train id n for pixels that don't count."""
+
+    name: str
+    names: tuple[str, ...]
+    palette: np.ndarray
+    """(n + 1, 3) uint8 RGB; the last row is ignore, black."""
+    weights: tuple[float, ...] | None
+    """(n + 1) weights of the cross entropy, 0 for ignore; None where none are published."""
+    label_ids: tuple[int, ...]
+    """(n + 1) train id -> label id, which benchmark servers take; ignore -> 0."""
+    ignored_label_ids: tuple[int, ...] = ()
+    """Label ids that stand for no class of ours."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.names)
+
+    @property
+    def ignore(self) -> int:
+        return len(self.names)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.names) + 1
+
+    def table(self, encoding: Encoding) -> np.ndarray:
+        """(256,) uint8: value in a label file -> train id, ignore, or `UNEXPECTED`.
+
+        "train_ids": 0 .. n-1, and 255 for ignore. "label_ids": this data set's own numbering.
+        """
+        table = np.full(256, UNEXPECTED, np.uint8)
+        if encoding == "train_ids":
+            table[: self.num_classes] = range(self.num_classes)
+            table[255] = self.ignore
+        else:
+            table[list(self.ignored_label_ids)] = self.ignore
+            table[list(self.label_ids[: self.num_classes])] = range(self.num_classes)
+        return table
+
+
+# Cordts et al., The Cityscapes Dataset (CVPR 2016). ACDC uses the same classes. The weights are
+# the published 1 / ln(1.1 + share of pixels), at reduced resolution.
+_CITYSCAPES = (
+    # name, label id, colour, weight
+    ("road", 7, (128, 64, 128), 2.5959737),
+    ("sidewalk", 8, (244, 35, 232), 6.741505),
+    ("building", 11, (70, 70, 70), 3.5353868),
+    ("wall", 12, (102, 102, 156), 9.866315),
+    ("fence", 13, (190, 153, 153), 9.690922),
+    ("pole", 17, (153, 153, 153), 9.369371),
+    ("traffic light", 19, (250, 170, 30), 10.289124),
+    ("traffic sign", 20, (220, 220, 0), 9.953209),
+    ("vegetation", 21, (107, 142, 35), 4.3098087),
+    ("terrain", 22, (152, 251, 152), 9.490392),
+    ("sky", 23, (70, 130, 180), 7.674411),
+    ("person", 24, (220, 20, 60), 9.396925),
+    ("rider", 25, (255, 0, 0), 10.347794),
+    ("car", 26, (0, 0, 142), 6.3928986),
+    ("truck", 27, (0, 0, 70), 10.226673),
+    ("bus", 28, (0, 60, 100), 10.241072),
+    ("train", 31, (0, 80, 100), 10.28059),
+    ("motorcycle", 32, (0, 0, 230), 10.396977),
+    ("bicycle", 33, (119, 11, 32), 10.05567),
+)
+
+CITYSCAPES = Classes(
+    name="Cityscapes",
+    names=tuple(name for name, _, _, _ in _CITYSCAPES),
+    palette=np.array([colour for _, _, colour, _ in _CITYSCAPES] + [(0, 0, 0)], np.uint8),
+    weights=(*(weight for _, _, _, weight in _CITYSCAPES), 0.0),
+    label_ids=(*(label_id for _, label_id, _, _ in _CITYSCAPES), 0),
+    # unlabeled .. ground, parking, rail track, guard rail, bridge, tunnel, polegroup, caravan,
+    # trailer; the licence plate is -1, which is 255 in a byte
+    ignored_label_ids=(0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30, 255),
+)
+CITYSCAPES.palette.setflags(write=False)

@@ -1,0 +1,155 @@
+"""Which image belongs to which label: found by name, mismatches reported.
+
+The published code sorts the image list and the label list and zips them, so one missing file
+shifts every pair after it. Here a pair shares its folder and the part of its name before the
+suffix.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from cli import UserError
+from datasets.classes import Classes, Encoding
+
+IMAGE_TYPES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One photograph and, where there is one, its label file."""
+
+    image: Path
+    label: Path | None
+    name: str
+    """The image's path below the data folder, with slashes: leftImg8bit/val/frankfurt/….png"""
+    condition: str | None = None
+    encoding: Encoding = "train_ids"
+    """How to read the label file's values, see `Classes.table`."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What lies in a split, before anybody has judged it."""
+
+    samples: list[Sample]
+    """Every image, sorted by name; its label is None where none was found."""
+    orphans: list[Path] = field(default_factory=list)
+    """Labels without an image."""
+    empty: list[Path] = field(default_factory=list)
+    """Image folders that are missing or hold no image."""
+
+    def problems(self) -> list[str]:
+        """What has no partner, in words: counts and the first names. Empty if all are paired."""
+        unlabelled = [sample.image for sample in self.samples if sample.label is None]
+        total = len(self.samples)
+        found = []
+        if unlabelled:
+            found.append(f"images without label: {len(unlabelled)} of {total} ({first(unlabelled)})")
+        if self.orphans:
+            found.append(f"labels without image: {len(self.orphans)} ({first(self.orphans)})")
+        return found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a data set lies on disk. `find(datadir, subset, conditions)` pairs one of its splits."""
+
+    name: str
+    classes: Classes
+    subsets: tuple[str, ...]
+    conditions: tuple[str, ...]
+    expected: str
+    find: Callable[[Path, str, Sequence[str]], Pairing]
+
+
+def first(paths: Sequence[Path], count: int = 3) -> str:
+    return ", ".join(path.name for path in paths[:count]) + (", …" if len(paths) > count else "")
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every visible file below `folder`, through links too: data sets are often linked together."""
+    for parent, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def pair_folders(
+    datadir: Path,
+    images: str,
+    labels: str,
+    *,
+    image_suffix: str,
+    label_suffix: str,
+    condition: str | None = None,
+) -> Pairing:
+    """Pair {key}{image_suffix}.png|jpg|jpeg in folder `images` with
+    {key}{label_suffix}_labelTrainIds.png or else {key}{label_suffix}_labelIds.png in `labels`.
+
+    Both folders are relative to `datadir`; a key includes the subfolders, such as the city.
+    Raises UserError if two images have one key.
+    """
+    found: dict[str, dict[Encoding, Path]] = defaultdict(dict)
+    kinds: dict[str, Encoding] = {
+        f"{label_suffix}_labelTrainIds.png": "train_ids",
+        f"{label_suffix}_labelIds.png": "label_ids",
+    }
+    for path in files_below(datadir / labels):
+        for ending, encoding in kinds.items():
+            if path.name.endswith(ending):
+                key = path.relative_to(datadir / labels).as_posix().removesuffix(ending)
+                found[key][encoding] = path
+
+    samples: dict[str, Sample] = {}
+    for path in files_below(datadir / images):
+        if path.suffix.lower() not in IMAGE_TYPES:
+            continue
+        key = path.relative_to(datadir / images).with_suffix("").as_posix()
+        key = key.removesuffix(image_suffix)
+        if key in samples:
+            raise UserError(f"{samples[key].image} and {path} have the same name; keep one of them")
+        sample = Sample(path, None, path.relative_to(datadir).as_posix(), condition)
+        for encoding in ("train_ids", "label_ids"):
+            if encoding in found[key]:
+                sample = replace(sample, label=found[key][encoding], encoding=encoding)
+                break
+        samples[key] = sample
+
+    orphans = [path for key, files in found.items() if key not in samples for path in files.values()]
+    return Pairing(
+        sorted(samples.values(), key=lambda sample: sample.name),
+        sorted(orphans),
+        [] if samples else [datadir / images],
+    )
+
+
+def restrict(samples: Sequence[Sample], list_file: Path) -> list[Sample]:
+    """The samples that `list_file` names, in the split's order.
+
+    One image a line: its file name, its stem, or the end of its path; empty lines and lines that
+    start with # are skipped. Raises UserError for a name that is not in the split or that fits
+    several images.
+    """
+    try:
+        lines = [line.strip() for line in list_file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the list {list_file}: {error}") from error
+    wanted = [line for line in lines if line and not line.startswith("#")]
+
+    by_name: dict[str, list[int]] = defaultdict(list)
+    for position, sample in enumerate(samples):
+        parts = sample.name.split("/")
+        for start in range(len(parts)):
+            ending = "/".join(parts[start:])
+            by_name[ending].append(position)
+            by_name[ending.removesuffix(sample.image.suffix)].append(position)
+
+    unknown = [Path(line) for line in wanted if line not in by_name]
+    if unknown:
+        raise UserError(f"{list_file}: not in the split: {len(unknown)} of {len(wanted)} names ({first(unknown)})")
+    ambiguous = [Path(line) for line in wanted if len(by_name[line]) > 1]
+    if ambiguous:
+        raise UserError(f"{list_file}: several images fit {first(ambiguous)}; give more of the path")
+    chosen = {by_name[line][0] for line in wanted}
+    return [samples[position] for position in sorted(chosen)]

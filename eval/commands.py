@@ -1,0 +1,93 @@
+"""What the four evaluation scripts share: score a split and print the table, or render it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cli import UserError
+from eval.inference import Evaluation, evaluate, render
+from eval.metrics import percent
+from eval.options import OUTPUTS, ColorOptions, IoUOptions, claim_folder, open_model_and_data
+
+PROTOCOLS = {
+    "paper": "on quarter-size maps (paper)",
+    "full": "at the labels' own size (full)",
+}
+
+
+def score(dataset: str, options: IoUOptions) -> Evaluation:
+    """Evaluate, print the IoU table, write `--json`."""
+    model, data, weights, device = open_model_and_data(options, dataset)
+    evaluation = evaluate(
+        model,
+        data,
+        protocol=options.protocol,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        device=device,
+    )
+    title = f"{weights.name} on {dataset} {options.subset}, {evaluation.images} images"
+    Console().print(iou_table(evaluation, title))
+    if options.json is not None:
+        write_json(evaluation.as_json(weights), options.json)
+    return evaluation
+
+
+def paint(dataset: str, options: ColorOptions) -> list[Path]:
+    """Render every image of the split, say where the pictures are, write `--json`."""
+    if options.overlay is not None and not 0 <= options.overlay <= 1:
+        raise UserError(f"--overlay {options.overlay} is no share of colour; give 0 to 1")
+    if options.overlay is not None and options.label_ids:
+        raise UserError("--overlay and --label-ids exclude each other; run the script twice")
+    model, data, weights, device = open_model_and_data(options, dataset, require_labels=False)
+    folder = options.output_dir or OUTPUTS / "color" / weights.stem
+    claim_folder(folder)
+    pictures = render(
+        model,
+        data,
+        folder,
+        size=options.size,
+        overlay=options.overlay,
+        label_ids=options.label_ids,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        device=device,
+    )
+    print(f"{len(pictures)} pictures in {folder}")
+    if options.json is not None:
+        files = [str(picture) for picture in pictures]
+        write_json({"weights": str(weights), "images": len(files), "files": files}, options.json)
+    return pictures
+
+
+def iou_table(evaluation: Evaluation, title: str) -> Table:
+    """Per class and mean, in percent; one column for the split and one for each condition."""
+    columns = {"all": evaluation, **evaluation.conditions}
+    table = Table(title=title, caption=f"IoU in % {PROTOCOLS[evaluation.protocol]}")
+    table.add_column("class")
+    for name in columns:
+        table.add_column(name if evaluation.conditions else "IoU", justify="right")
+    scores = [part.counts.scores() for part in columns.values()]
+    for name in evaluation.counts.classes.names:
+        table.add_row(name, *(percent(part["per_class"][name]) for part in scores))
+    table.add_section()
+    means = [percent(part["mean_iou"]) for part in scores]
+    table.add_row("mean", *means, style="bold")
+    published = [percent(part["mean_iou_published"]) for part in scores]
+    if published != means:
+        table.add_row("published mean (absent = 0)", *published)
+    return table
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write in one step: the file holds the whole result or what it held before."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,253 @@
+"""Run a model over a split, to score it or to render it; files are read and written meanwhile."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from torch import Tensor, nn
+
+from cli import UserError
+from datasets import SceneDataset
+from datasets.loading import Batch, evaluation_batches
+from datasets.transforms import to_float
+from eval import rendering
+from eval.metrics import ConfusionMatrix
+
+Protocol = Literal["paper", "full"]
+
+
+@dataclass
+class Evaluation:
+    """Counts of a split, and of each of its conditions if it has any.
+
+    `protocol` says how maps were compared (see `evaluate`), `images` how many there were.
+    """
+
+    protocol: Protocol
+    images: int
+    counts: ConfusionMatrix
+    conditions: "dict[str, Evaluation]" = field(default_factory=dict)
+
+    def as_json(self, weights: Path | str) -> dict[str, Any]:
+        """Scores as `--json` writes them: IoUs in 0..1, None for a class that does not occur."""
+        result = {"protocol": self.protocol, "weights": str(weights), "images": self.images}
+        result |= self.counts.scores()
+        if self.conditions:
+            parts = self.conditions.items()
+            result["conditions"] = {name: part.as_json(weights) for name, part in parts}
+        return result
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: SceneDataset,
+    *,
+    protocol: Protocol = "paper",
+    batch_size: int = 1,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> Evaluation:
+    """Score `model` on every image of `dataset`, overall and per condition.
+
+    `paper`: argmax of the quarter-size logits, ignore output included, against the quarter-size
+    label. `full`: the logits of the real classes are upsampled (bilinear) to the label file's own
+    size before the argmax, as cityscapesScripts scores a submission.
+    The model is back in its mode (train or eval) afterwards.
+    Raises UserError if an image has no label.
+    """
+    missing = next((sample.image for sample in dataset.samples if sample.label is None), None)
+    if missing is not None:
+        raise UserError(f"{missing} has no label to score against; choose a labelled --subset")
+    classes = dataset.classes
+    names = [sample.condition for sample in dataset.samples]
+    parts = {
+        name: Evaluation(protocol, names.count(name), ConfusionMatrix(classes, device)) for name in dict.fromkeys(names)
+    }
+    batches = evaluation_batches(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=torch.device(device).type == "cuda",
+    )
+    with (
+        evaluating(model),
+        ThreadPoolExecutor() as readers,
+        progress_line("evaluating", len(dataset), progress) as advance,
+    ):
+        for batch in batches:
+            indices = batch.indices.tolist()
+            if protocol == "full":  # decoded while the model computes
+                full_labels = [readers.submit(dataset.full_label, index) for index in indices]
+            logits = forward(model, batch, device)
+            labels = batch.labels.to(device, non_blocking=True)
+            for row, index in enumerate(indices):
+                prediction, label = logits[row], labels[row]
+                if protocol == "full":
+                    label = torch.as_tensor(full_labels[row].result(), device=device)
+                    prediction = upsample(prediction[: classes.num_classes], label.shape)
+                parts[names[index]].counts.update(prediction[None], label[None])
+            advance(len(indices))
+    total = sum((part.counts for part in parts.values()), ConfusionMatrix(classes, device))
+    conditions = {name: part for name, part in parts.items() if name is not None}
+    return Evaluation(protocol, len(dataset), total, conditions)
+
+
+def render(
+    model: nn.Module,
+    dataset: SceneDataset,
+    output_dir: Path,
+    *,
+    size: Literal["logits", "full"] = "logits",
+    overlay: float | None = None,
+    label_ids: bool = False,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> list[Path]:
+    """Write a PNG per image under `output_dir`, at the path the image has in its data set.
+
+    Colours by the palette at the logits' size, or upsampled before the argmax to the photograph's
+    (`size="full"`, and always for `overlay`, the share of colour in the blend, and `label_ids`).
+    `label_ids` chooses among the real classes alone: benchmark servers know no ignore.
+    Returns the files written. Raises UserError if a file would land outside `output_dir` or on an
+    image of the data set.
+    """
+    classes = dataset.classes
+    targets = output_paths(dataset, output_dir)
+    full = size == "full" or overlay is not None or label_ids
+
+    def write(index: int, labels: np.ndarray, photograph: Image.Image | None) -> None:
+        to_picture = rendering.to_label_ids if label_ids else rendering.colorize
+        picture = to_picture(labels, classes)
+        if overlay is not None and photograph is not None:
+            picture = rendering.overlay(photograph, picture, overlay)
+        save_png(picture, targets[index])
+
+    batches = evaluation_batches(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=torch.device(device).type == "cuda",
+    )
+    with (
+        evaluating(model),
+        ThreadPoolExecutor() as threads,
+        progress_line("rendering", len(dataset), progress) as advance,
+    ):
+        written: deque[Future[None]] = deque()
+        for batch in batches:
+            indices = batch.indices.tolist()
+            if full:
+                photographs = [threads.submit(dataset.photograph, index) for index in indices]
+            logits = forward(model, batch, device)
+            if label_ids:
+                logits = logits[:, : classes.num_classes]
+            for row, index in enumerate(indices):
+                prediction, photograph = logits[row], None
+                if full:
+                    photograph = photographs[row].result()
+                    prediction = upsample(prediction, (photograph.height, photograph.width))
+                labels = prediction.max(dim=0).indices.to(torch.uint8).cpu().numpy()
+                written.append(threads.submit(write, index, labels, photograph))
+            while len(written) > 2 * batch_size + 8:  # a slow disk must not fill the memory
+                written.popleft().result()
+            advance(len(indices))
+        for future in written:
+            future.result()
+    return targets
+
+
+def forward(model: nn.Module, batch: Batch, device: torch.device | str) -> Tensor:
+    """Logits (B, C, h, w) of a batch of uint8 images, which become floats on the device."""
+    with torch.inference_mode():
+        return model(to_float(batch.images.to(device, non_blocking=True))).logits
+
+
+def upsample(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Logits (C, h, w), bilinear without aligned corners, to (C, *size)."""
+    rows = logits[None].contiguous(memory_format=torch.channels_last)  # faster, also for the argmax
+    return F.interpolate(rows, tuple(size), mode="bilinear", align_corners=False)[0]
+
+
+def output_paths(dataset: SceneDataset, output_dir: Path) -> list[Path]:
+    """One .png below `output_dir` per sample, mirroring the data set's paths; UserError if not."""
+    root = output_dir.resolve()
+    targets = [root / Path(sample.name).with_suffix(".png") for sample in dataset.samples]
+    images = {sample.image.resolve() for sample in dataset.samples}
+    for target in targets:
+        if not target.resolve().is_relative_to(root):
+            raise UserError(f"{target} leaves --output-dir {output_dir}; choose another folder")
+        if target.resolve() in images:
+            raise UserError(f"{target} is an input image; choose another --output-dir")
+    if len(set(targets)) < len(targets):
+        raise UserError("two images differ in their suffix alone; rename one of them")
+    return targets
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Save in one step, so that an interrupted run leaves no half file. UserError if it cannot."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(partial, format="PNG")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, the model's own mode afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+class RateColumn(ProgressColumn):
+    """Images a second over the last ones."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} images/s", style="progress.data.speed")
+
+
+@contextmanager
+def progress_line(title: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """A line on stderr with rate and time left; call what it yields with the images just done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        RateColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    line = Progress(*columns, console=Console(stderr=True), disable=not show, redirect_stdout=False)
+    with line:
+        task = line.add_task(title, total=total)
+        yield lambda images: line.advance(task, images)

@@ -1,0 +1,110 @@
+"""The flags of the four evaluation scripts, and what they open: a model and a split."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from cli import UserError, find_device
+from datasets import SceneDataset, open_split
+from models import load_model
+
+OUTPUTS = Path(__file__).resolve().parents[1] / "outputs"
+
+DistillationType = Literal["teacher", "student", "TransKDBase", "TransKD_GL", "TransKD_EA"]
+
+
+@dataclass
+class Options:
+    datadir: Path
+    """The data set's folder, as its archives unpack."""
+    distillation_type: DistillationType = "TransKDBase"
+    """Which published checkpoint to look for in outputs/ when --weights is not given."""
+    weights: Path | None = None
+    """A checkpoint: ours or a released one, distilled or not (only the network itself is used)."""
+    subset: str = "val"
+    """The split to evaluate."""
+    height: int = 512
+    """Images are resized so that their shorter side has this many pixels."""
+    batch_size: int = 1
+    """Images at once; the result does not depend on it."""
+    num_workers: int = 2
+    """Processes that read images while the network computes."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
+    cache: bool = False
+    """Keep the resized images on disk for the next time (worth it when evaluating often)."""
+    json: Path | None = None
+    """Also write the result to this file."""
+
+
+@dataclass
+class IoUOptions(Options):
+    protocol: Literal["paper", "full"] = "paper"
+    """paper: score quarter-size maps, as published. full: upsample the logits to the label's own
+    size and score there, as cityscapesScripts does."""
+
+
+@dataclass
+class ColorOptions(Options):
+    output_dir: Path | None = None
+    """Where the pictures go, under the data set's own paths (default: outputs/color/WEIGHTS)."""
+    size: Literal["logits", "full"] = "logits"
+    """logits: a quarter of the input, as published. full: the photograph's size."""
+    overlay: float | None = None
+    """Blend with the photograph, at its size: 0 shows the photograph alone, 1 the classes alone."""
+    label_ids: bool = False
+    """Write single-channel label ids at full size, as benchmark servers take them."""
+
+
+def find_weights(options: Options, dataset: str) -> Path:
+    """The file to evaluate: --weights, or the published name in outputs/. UserError if missing."""
+    if options.weights is not None:
+        if not options.weights.is_file():
+            raise UserError(f"{options.weights} is no file; give --weights a checkpoint")
+        return options.weights
+    backbone = "segformerb2" if options.distillation_type == "teacher" else "segformerb0"
+    path = OUTPUTS / f"{backbone}_{options.distillation_type}_{dataset.lower()}.pth"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; put the released checkpoint there or name yours by --weights FILE")
+    return path
+
+
+def open_model_and_data(
+    options: Options, dataset: str, *, require_labels: bool = True
+) -> tuple[torch.nn.Module, SceneDataset, Path, torch.device]:
+    """Model (eval mode, on its device), data, the weights' path, device; UserError if one fails."""
+    if options.batch_size < 1 or options.num_workers < 0:
+        raise UserError("--batch-size must be at least 1, --num-workers at least 0")
+    if options.json is not None:
+        claim_folder(options.json.parent)
+    device = find_device(options.device)
+    weights = find_weights(options, dataset)
+    data = open_split(
+        dataset,
+        options.datadir,
+        options.subset,
+        height=options.height,
+        cache=options.cache,
+        require_labels=require_labels,
+    )
+    model = load_model(weights).to(device)
+    outputs, classes = model.num_classes, data.classes
+    if outputs not in (classes.num_classes, classes.num_outputs):
+        raise UserError(
+            f"{weights} predicts {outputs} classes, {classes.name} has {classes.num_classes}; "
+            "use weights trained on these classes"
+        )
+    return model, data, weights, device
+
+
+def claim_folder(folder: Path) -> None:
+    """Make the folder now, so that a typing error shows before an hour of work, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} is not writable; choose another folder")

@@ -1,0 +1,190 @@
+"""Training through the command line on drawn scenes, and the engine's promises."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import PolynomialLR
+
+from models import create_model, load_model
+from models.distillation import Distiller
+from tests.conftest import ROOT, Command
+from tests.golden_data import load
+from train.engine import recipe
+from train.TransKDBase import Options
+
+SMALL = (
+    "--height",
+    64,
+    "--num-workers",
+    0,
+    "--batch-size",
+    2,
+    "--steps-loss",
+    1,
+    "--no-tensorboard",
+    "--device",
+    "cpu",
+)
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_model(path).state_dict()
+
+
+def assert_equal(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize(
+    ("script", "dataset", "losses"),
+    [
+        ("TransKDBase.py", "cityscapes", ["ce", "hcl", "embed1", "embed2", "embed3", "embed4", "total"]),
+        ("TransKD_GLMixer.py", "cityscapes", ["ce", "hcl", "embed1", "embed2", "embed3", "embed4", "total"]),
+        ("TransKD_EA.py", "cityscapes", ["ce", "hcl", "embed1", "embed2", "embed3", "embed4", "total"]),
+        ("TransKDBase.py", "ACDC", ["ce", "hcl", "embed1", "embed2", "embed3", "embed4", "total"]),
+        ("student.py", "cityscapes", ["ce", "total"]),
+        ("student.py", "ACDC", ["ce", "total"]),
+        ("teacher.py", "cityscapes", ["ce", "total"]),
+    ],
+)
+def test_every_script_trains(
+    script: str,
+    dataset: str,
+    losses: list[str],
+    command: Command,
+    scenes: Path,
+    weathers: Path,
+    teacher_weights: Path,
+    tmp_path: Path,
+) -> None:
+    """Two steps from the folder of the scripts, as the published README does it."""
+    datadir = scenes if dataset == "cityscapes" else weathers
+    flags = ["--dataset", dataset, "--datadir", datadir, "--output-dir", tmp_path / "run", "--max-steps", 2, *SMALL]
+    network = "student"
+    if script == "teacher.py":
+        flags += ["--from-scratch", "--teacher-model", "segformer_b0"]
+        network = "teacher"
+    elif script != "student.py":
+        flags += ["--teacher-weights", teacher_weights, "--validate-teacher"]
+    done = command(script, *flags, cwd=ROOT / "train")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    written = records(run)
+    steps = [r for r in written if r["event"] == "train"]
+    assert [r["step"] for r in steps] == [1, 2]
+    assert all(list(r["losses"]) == losses for r in steps)
+    for r in steps:
+        assert r["losses"]["total"] == pytest.approx(sum(v for k, v in r["losses"].items() if k != "total"))
+    assert written[-1]["event"] == "val" and 0 <= written[-1]["mean_iou"] <= 1
+    assert ("teacher" in [r["event"] for r in written]) == ("--validate-teacher" in flags)
+    for name in (network, f"{network}_best"):
+        model = load_model(run / f"{name}.safetensors")
+        assert model.name == "segformer_b0"
+        assert sum(p.numel() for p in model.parameters()) == 3_719_284
+    options = json.loads((run / "options.json").read_text())
+    assert options["dataset"] == dataset and options["max_steps"] == 2
+    assert_equal(run / "last.pt", run / f"{network}.safetensors")  # a run's checkpoint is recognised too
+
+
+def test_training_lowers_the_loss(command: Command, scenes: Path, tmp_path: Path) -> None:
+    flags = ("--datadir", scenes, "--num-epochs", 8, "--validate-every", 8, "--lr", 1e-3, "--output-dir", tmp_path)
+    done = command("train/student.py", *flags, *SMALL)
+    assert done.returncode == 0, done.stderr
+    ce = [r["losses"]["ce"] for r in records(tmp_path) if r["event"] == "train"]
+    assert sum(ce[-5:]) < 0.7 * sum(ce[:5])
+
+
+@pytest.mark.parametrize("interrupted_after", [5, 7])  # at an epoch's end, and within one
+def test_resume_is_exact(
+    interrupted_after: int, command: Command, scenes: Path, teacher_weights: Path, tmp_path: Path
+) -> None:
+    """An interrupted run ends with the bits of an uninterrupted one."""
+    common = ("--datadir", scenes, "--teacher-weights", teacher_weights, *SMALL, "--validate-every", 3)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for flags in (
+        ("--output-dir", whole, "--max-steps", 12),
+        ("--output-dir", parts, "--max-steps", interrupted_after),
+        ("--output-dir", parts, "--max-steps", 12, "--resume", "--num-workers", 2),
+    ):
+        done = command("train/TransKDBase.py", *common, *flags)
+        assert done.returncode == 0, done.stderr
+    assert_equal(whole / "student.safetensors", parts / "student.safetensors")
+    first, second = ([r for r in records(run) if r["event"] == "train"] for run in (whole, parts))
+    assert [r["step"] for r in second] == list(range(1, 13))
+    assert [r["losses"] for r in first] == [r["losses"] for r in second]
+
+
+def test_two_methods_start_from_the_same_student(
+    command: Command, scenes: Path, teacher_weights: Path, tmp_path: Path
+) -> None:
+    """One seed means one student: differences between methods are the methods'."""
+    for script, flags in (("student.py", ()), ("TransKDBase.py", ("--teacher-weights", teacher_weights))):
+        flags += ("--output-dir", tmp_path / script, "--max-steps", 1)
+        done = command(f"train/{script}", "--datadir", scenes, *flags, *SMALL)
+        assert done.returncode == 0, done.stderr
+    alone, distilled = (records(tmp_path / s)[0]["losses"]["ce"] for s in ("student.py", "TransKDBase.py"))
+    assert alone == distilled
+
+
+def test_schedule() -> None:
+    """The learning rate of every epoch is the published one, though PolynomialLR is torch's."""
+    golden = load("lr_golden.json")["used_lr_by_epoch"]
+    options = Options(datadir=Path())
+    optimizer, schedule = recipe(Distiller(create_model("segformer_b0"), None), options)
+    assert isinstance(schedule, PolynomialLR)
+    for epoch in range(1, 1504):
+        if str(epoch) in golden:
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(golden[str(epoch)], rel=1e-9, abs=1e-17)
+        optimizer.step()
+        schedule.step()
+
+
+def test_published_recipe_is_the_default() -> None:
+    options = Options(datadir=Path())
+    group = recipe(Distiller(nn.Linear(2, 20), [1.0]), options)[0].param_groups[0]
+    assert (options.num_epochs, options.batch_size, options.height) == (1000, 2, 512)
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.01)
+    assert options.losses()["embed_weights"] == (0.1, 0.1, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "says"),
+    [
+        ("student.py", ["--datadir", "nowhere"], "nowhere"),
+        ("student.py", ["--height", "16"], "--height"),
+        ("student.py", ["--batch-size", "0"], "--batch-size"),
+        ("student.py", ["--device", "cuda:77"], "--device"),
+        ("student.py", ["--resume"], "--resume"),
+        ("student.py", ["--student-weights", "nowhere.pth"], "nowhere.pth"),
+        ("TransKDBase.py", ["--teacher-weights", "nowhere.pth"], "nowhere.pth"),
+        ("TransKD_GLMixer.py", ["--embed", "2"], "--embed"),
+        ("TransKD_EA.py", ["--embed", "0"], "--embed"),
+        ("teacher.py", ["--teacher-model", "segformer_b5"], "mit_b5.pth"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    script: str, flags: list[str], says: str, command: Command, scenes: Path, tmp_path: Path
+) -> None:
+    done = command(f"train/{script}", "--datadir", scenes, "--output-dir", tmp_path / "run", *SMALL, *flags)
+    assert done.returncode == 2
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: ") and says in error
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_is_not_overwritten(command: Command, scenes: Path, tmp_path: Path) -> None:
+    flags = ("--datadir", scenes, "--output-dir", tmp_path, "--max-steps", 1, *SMALL)
+    assert command("train/student.py", *flags).returncode == 0
+    before = (tmp_path / "last.pt").read_bytes()
+    done = command("train/student.py", *flags)
+    assert done.returncode == 2 and "--resume" in done.stderr
+    assert (tmp_path / "last.pt").read_bytes() == before
