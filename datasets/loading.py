@@ -57,9 +57,11 @@ class Batches:
                         break
                     done += 1
                     yield from result
-            except (RuntimeError, OSError, EOFError) as error:
-                if not (self.num_workers and _worker_died(error)):
+            except Exception as error:
+                if not self.num_workers:
                     raise
+                if not _worker_died(error):
+                    raise error.with_traceback(None) from None  # the message holds the worker's own
                 if died_at == done:
                     raise UserError(
                         "the data-loading workers keep dying; if memory ran out, use fewer --num-workers"
@@ -187,9 +189,9 @@ def _stack(items: list[Item]) -> Batch:
 
 def _worker_died(error: Exception) -> bool:
     """Whether DataLoader says so, or the connection to a worker broke; an error passed on is "Caught …"."""
-    if isinstance(error, RuntimeError):
-        return "DataLoader worker (pid" in str(error)
-    return not str(error).startswith("Caught ")
+    if isinstance(error, OSError | EOFError):
+        return not str(error).startswith("Caught ")
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
 def _leave_interrupts_to_the_main_process(worker: int) -> None:

@@ -5,7 +5,7 @@ Nothing is ever unpickled but tensors: `.safetensors`, or `torch.load(..., weigh
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,43 @@ DISTILLATION_KEYS = re.compile(
     r"|(alignment\.)?(atten|conv)_weight$"
 )
 HEAD_KEYS = ("linear_c", "linear_fuse.", "linear_pred.")
+# Our modules and those of Hugging Face's SegformerForSemanticSegmentation and -ForImageClassification, as their files
+# name them. Stages {i} count from 1 here and from 0 there, blocks {j} alike; what is k and v there is one kv here.
+HUGGINGFACE = (
+    ("patch_embed{i}.proj", "segformer.encoder.patch_embeddings.{i}.proj"),
+    ("patch_embed{i}.norm", "segformer.encoder.patch_embeddings.{i}.layer_norm"),
+    ("block{i}.{j}.norm1", "segformer.encoder.block.{i}.{j}.layer_norm_1"),
+    ("block{i}.{j}.attn.q", "segformer.encoder.block.{i}.{j}.attention.self.query"),
+    ("block{i}.{j}.attn.k", "segformer.encoder.block.{i}.{j}.attention.self.key"),
+    ("block{i}.{j}.attn.v", "segformer.encoder.block.{i}.{j}.attention.self.value"),
+    ("block{i}.{j}.attn.proj", "segformer.encoder.block.{i}.{j}.attention.output.dense"),
+    ("block{i}.{j}.attn.sr", "segformer.encoder.block.{i}.{j}.attention.self.sr"),
+    ("block{i}.{j}.attn.norm", "segformer.encoder.block.{i}.{j}.attention.self.layer_norm"),
+    ("block{i}.{j}.norm2", "segformer.encoder.block.{i}.{j}.layer_norm_2"),
+    ("block{i}.{j}.mlp.fc1", "segformer.encoder.block.{i}.{j}.mlp.dense1"),
+    ("block{i}.{j}.mlp.dwconv.dwconv", "segformer.encoder.block.{i}.{j}.mlp.dwconv.dwconv"),
+    ("block{i}.{j}.mlp.fc2", "segformer.encoder.block.{i}.{j}.mlp.dense2"),
+    ("norm{i}", "segformer.encoder.layer_norm.{i}"),
+    ("linear_c{i}.proj", "decode_head.linear_c.{i}.proj"),
+    ("linear_fuse.conv", "decode_head.linear_fuse"),
+    ("linear_fuse.bn", "decode_head.batch_norm"),
+    ("linear_pred", "decode_head.classifier"),
+    ("head", "classifier"),  # ImageNet's
+)
+HUGGINGFACE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
     """A checkpoint's tensors and its metadata (empty except for our safetensors files).
 
+    A folder is taken for one that Hugging Face's `save_pretrained` wrote.
+
     Raises:
         UserError: no such file, unreadable, or something in it is not a tensor.
     """
     path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in HUGGINGFACE_FILES if (path / name).is_file()), path / HUGGINGFACE_FILES[0])
     if not path.is_file():
         raise UserError(f"no weights at {path}; check the path, or see the model zoo in README.md")
     if path.suffix == ".safetensors":
@@ -48,13 +76,13 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path} can't be read as weights: damaged, or not tensors alone ({reason})") from error
     while isinstance(content, Mapping) and (inner := next((k for k in CONTAINERS if k in content), None)):
         content = content[inner]
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
-    strangers = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    strangers = [str(k) for k, v in content.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
     if strangers or not content:
         raise UserError(f"{path} is not a state dict: {_some(strangers) or 'it is empty'}")
     return dict(content), {}
@@ -62,7 +90,7 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
 
 def strip_wrappers(state: State) -> State:
     """The bare network of a checkpoint: without `module.`, `student.` and the distillation modules beside it."""
-    while all(key.startswith("module.") for key in state):
+    while state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     student = {key.removeprefix("student."): v for key, v in state.items() if key.startswith("student.")}
     if not student:
@@ -70,6 +98,61 @@ def strip_wrappers(state: State) -> State:
     # A key that is neither the student's nor a known module's stays, so that loading refuses it by name.
     others = {k: v for k, v in state.items() if not k.startswith("student.") and not DISTILLATION_KEYS.match(k)}
     return student | others
+
+
+def to_huggingface(state: State) -> State:
+    """Our state dict under the names of Hugging Face's SegFormer files.
+
+    The weights are converted as they are. Their blocks have a LayerNorm eps of 1e-5 where SegFormer's is 1e-6, and
+    their image processor normalises by ImageNet's mean and deviation unless told not to; ours takes RGB in [0, 1].
+    """
+    split: State = {}
+    for key, value in state.items():
+        if ".attn.kv." in key:
+            k, v = value.chunk(2)
+            split |= {key.replace(".kv.", ".k."): k, key.replace(".kv.", ".v."): v}
+        else:
+            split[key] = value
+    return {_rename(key, HUGGINGFACE, stage=-1): value for key, value in split.items()}
+
+
+def from_huggingface(state: State) -> State:
+    """`to_huggingface` undone. Keys that no rule names stay as they are, so that loading refuses them by name.
+
+    The weights are converted as they are: a network trained on normalised images still expects these.
+    """
+    table = tuple((theirs, ours) for ours, theirs in HUGGINGFACE)
+    renamed = {_rename(key, table, stage=1): value for key, value in state.items()}
+    merged = dict(renamed)
+    for k in renamed:
+        v = k.replace(".attn.k.", ".attn.v.")
+        if v != k and v in renamed and renamed[v].shape == renamed[k].shape:
+            merged[k.replace(".attn.k.", ".attn.kv.")] = torch.cat([merged.pop(k), merged.pop(v)])
+    return merged
+
+
+def _rename(key: str, table: Iterable[tuple[str, str]], stage: int) -> str:
+    """The key after the table's rule for it; `stage` is added to its stage's number."""
+    module, _, leaf = key.rpartition(".")
+    for old, new in table:
+        pattern = re.escape(old).replace(r"\{i\}", r"(?P<i>\d)").replace(r"\{j\}", r"(?P<j>\d+)")
+        if match := re.fullmatch(pattern, module):
+            numbers = match.groupdict()
+            if "i" in numbers:
+                numbers["i"] = int(numbers["i"]) + stage
+            return f"{new.format(**numbers)}.{leaf}"
+    return key
+
+
+def read_network(path: Path | str) -> State:
+    """The bare network of any recognised checkpoint, under our names.
+
+    Raises:
+        UserError: as `read_weights`.
+    """
+    state, _ = read_weights(path)
+    state = strip_wrappers(state)
+    return from_huggingface(state) if any(key.startswith("segformer.") for key in state) else state
 
 
 def recognise(state: State) -> str | None:
@@ -94,8 +177,7 @@ def load_model(path: Path | str) -> SegFormer:
     Raises:
         UserError: unreadable, no model we know, without a decode head, or keys that do not fit (listed).
     """
-    state, _ = read_weights(path)
-    state = strip_wrappers(state)
+    state = read_network(path)
     name = recognise(state)
     if name is None:
         raise UserError(f"{path} holds no model that is known here ({_some(list(state))}); known: {', '.join(MODELS)}")
@@ -115,8 +197,7 @@ def load_weights(model: SegFormer, path: Path | str) -> None:
     Raises:
         UserError: as `load_model`, or the file holds another model.
     """
-    state, _ = read_weights(path)
-    _load(model, strip_wrappers(state), path)
+    _load(model, read_network(path), path)
 
 
 def load_backbone(model: SegFormer, path: Path | str) -> bool:
@@ -128,8 +209,7 @@ def load_backbone(model: SegFormer, path: Path | str) -> bool:
     Raises:
         UserError: the encoder's keys do not fit.
     """
-    state, _ = read_weights(path)
-    state = strip_wrappers(state)
+    state = read_network(path)
     if "linear_pred.weight" in state:
         _load(model, state, path)
         return True

@@ -12,7 +12,6 @@ Three counts of multiply-accumulates (MACs) are given, because literature and pr
 
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -237,9 +236,9 @@ def table(options: Options) -> Table:
     size = options.height, options.width
     result = Table(title=f"one image of {size[0]}×{size[1]}")
     result.add_column("model", no_wrap=True)
-    columns = ["parameters", "GMACs published", "GMACs full", "GMACs run here"]
-    for column in columns + ([f"ms on {device}", "peak MiB"] if options.measure else []):
-        result.add_column(column, justify="right")
+    columns = ["parameters", "GMACs\npublished", "GMACs\nfull", "GMACs\nrun here"]
+    for column in columns + ([f"ms\n{device}", "MiB\npeak"] if options.measure else []):
+        result.add_column(column, justify="right", no_wrap=True)
     for name in options.names:
         with torch.device("meta"):
             module, images = build(name), torch.empty(1, 3, *size)
