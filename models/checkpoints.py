@@ -77,6 +77,8 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        if called := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            reason = f"it would call {called[1]}"
         raise UserError(f"{path} can't be read as weights: damaged, or not tensors alone ({reason})") from error
     while isinstance(content, Mapping) and (inner := next((k for k in CONTAINERS if k in content), None)):
         content = content[inner]

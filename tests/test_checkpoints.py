@@ -1,0 +1,304 @@
+"""Weights in and out: every layout gives the same network, everything else is refused in one line that names it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import models.checkpoints
+from cli import UserError
+from models import create_model, load_backbone, load_model, load_weights, save_model
+from models.info import build
+from models.segformer import SegFormer
+from tests.conftest import ROOT
+from tests.golden_data import published_key, seed
+
+State = dict[str, Tensor]
+IMAGES = torch.rand((1, 3, 64, 96), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def network() -> SegFormer:
+    return seed(create_model("segformer_b0")).eval()
+
+
+@pytest.fixture(scope="module")
+def plain(network: SegFormer) -> State:
+    return network.state_dict()
+
+
+@pytest.fixture(scope="module")
+def logits(network: SegFormer) -> Tensor:
+    with torch.no_grad():
+        return network(IMAGES).logits
+
+
+def modules(method: str) -> State:
+    """What a distiller owns beside its student, under our names."""
+    return {key: value for key, value in build(method).state_dict().items() if not key.startswith("student.")}
+
+
+def released(method: str, student: State) -> State:
+    """A distilled checkpoint as published: the student under `student.`, the modules beside it."""
+    prefixed = {f"student.{key}": value for key, value in student.items()}
+    return prefixed | {published_key(key): value for key, value in modules(method).items()}
+
+
+def with_module(state: State) -> State:
+    return {f"module.{key}": value for key, value in state.items()}
+
+
+CHECKPOINT = {"epoch": 3, "arch": "SegFormer", "best_acc": torch.tensor(0.5), "optimizer": {"state": {}}}
+LAYOUTS: dict[str, Callable[[State], dict[str, Any]]] = {
+    "plain": lambda s: s,
+    "base": lambda s: released("TransKDBase", s),
+    "gl": lambda s: released("TransKD_GL", s),
+    "ea": lambda s: released("TransKD_EA", s),
+    "ours_distilling": lambda s: {f"student.{k}": v for k, v in s.items()} | modules("TransKD_EA"),
+    "module": with_module,
+    "module_ea": lambda s: with_module(released("TransKD_EA", s)),
+    "module_twice": lambda s: with_module(with_module(s)),
+    "state_dict": lambda s: CHECKPOINT | {"state_dict": s},
+    "model": lambda s: CHECKPOINT | {"model": s},
+    "state_dict_module_gl": lambda s: CHECKPOINT | {"state_dict": with_module(released("TransKD_GL", s))},
+}
+NESTED = ("state_dict", "model", "state_dict_module_gl")  # safetensors have no nesting
+FILES = [
+    (layout, end)
+    for layout in LAYOUTS
+    for end in ("pth", "pth.tar", "safetensors")
+    if not (layout in NESTED and end == "safetensors")
+]
+
+
+def write(content: dict[str, Any], path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(content, path)
+    else:
+        torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(("layout", "end"), FILES)
+def test_every_layout_gives_the_same_network(
+    layout: str, end: str, plain: State, logits: Tensor, tmp_path: Path
+) -> None:
+    model = load_model(write(LAYOUTS[layout](plain), tmp_path / f"weights.{end}"))
+    assert (model.name, model.num_classes, model.training) == ("segformer_b0", 20, False)
+    assert sum(p.numel() for p in model.parameters()) == 3_719_284
+    with torch.no_grad():
+        assert torch.equal(model(IMAGES).logits, logits)
+
+
+def test_half_precision_and_the_old_file_format_are_read(plain: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({k: v.half() for k, v in plain.items()}, path, _use_new_zipfile_serialization=False)
+    state = load_model(path).state_dict()
+    assert all(torch.equal(state[k], v.half().to(v.dtype)) for k, v in plain.items())
+
+
+def refusal(call: Callable[..., object], *arguments: object) -> str:
+    """The message of the UserError that a call raises: one line."""
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def changed(state: State, changes: dict[str, Tensor | None]) -> State:
+    """`state` with some keys replaced, added or, by None, removed."""
+    return {key: value for key, value in (state | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize("end", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"norm2.bias": None}, "1 missing: norm2.bias"),
+        ({"norm5.bias": torch.zeros(3)}, "1 unknown: norm5.bias"),
+        ({"norm2.bias": None, "head.bias": torch.zeros(3)}, "1 missing: norm2.bias; 1 unknown: head.bias"),
+        ({"norm4.bias": torch.zeros(7)}, "1 of another shape: norm4.bias (7,) instead of (256,)"),
+    ],
+)
+def test_keys_that_do_not_fit_are_named(
+    end: str, changes: dict[str, Tensor | None], says: str, plain: State, tmp_path: Path
+) -> None:
+    path = write(changed(plain, changes), tmp_path / f"weights.{end}")
+    message = refusal(load_model, path)
+    assert says in message and str(path) in message
+    assert says in refusal(load_weights, create_model("segformer_b0"), path)
+
+
+def test_an_unknown_module_beside_the_student_is_named(plain: State, tmp_path: Path) -> None:
+    state = released("TransKDBase", plain) | {"adapter.weight": torch.zeros(2)}
+    assert "1 unknown: adapter.weight" in refusal(load_model, write(state, tmp_path / "w.pth"))
+
+
+def test_a_refused_file_changes_nothing(plain: State, tmp_path: Path) -> None:
+    model = create_model("segformer_b0")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    path = write(changed(plain, {"linear_pred.bias": None}), tmp_path / "w.pth")
+    for load in (load_weights, load_backbone):
+        refusal(load, model, path)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_other_classes_and_other_sizes_say_what_they_are(tmp_path: Path) -> None:
+    nineteen = write(create_model("segformer_b0", 19).state_dict(), tmp_path / "19.pth")
+    assert load_model(nineteen).num_classes == 19
+    message = refusal(load_weights, create_model("segformer_b0"), nineteen)
+    assert "does not fit segformer_b0 with 20 classes" in message
+    assert "2 of another shape: linear_pred.weight (19, 256, 1, 1) instead of (20, 256, 1, 1)" in message
+    b2 = write(create_model("segformer_b2").state_dict(), tmp_path / "b2.pth")
+    for load in (load_weights, load_backbone):
+        message = refusal(load, create_model("segformer_b0"), b2)
+        assert "does not fit segformer_b0" in message and "looks like segformer_b2" in message
+
+
+@pytest.mark.parametrize("end", ["pth", "pth.tar", "safetensors"])
+@pytest.mark.parametrize("kept", [0, 7, 1000, -1000, -1])
+def test_truncated_files_are_refused(kept: int, end: str, plain: State, tmp_path: Path) -> None:
+    path = write(plain, tmp_path / f"weights.{end}")
+    path.write_bytes(path.read_bytes()[:kept])
+    assert str(path) in refusal(load_model, path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ([1, 2], "holds a list"),
+        (torch.zeros(3), "holds a Tensor"),
+        ({}, "is empty"),
+        ({"epoch": 3, "norm1.weight": torch.zeros(3)}, "not a state dict: epoch"),
+        ({1: torch.zeros(3)}, "not a state dict: 1"),
+        ({"state_dict": 3}, "holds a int"),
+        ({"fc.weight": torch.zeros(3)}, "no model that is known here (fc.weight)"),
+    ],
+)
+def test_what_is_no_network_is_refused(content: object, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    assert says in refusal(load_model, path)
+
+
+def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
+    assert "no weights at" in refusal(load_model, tmp_path / "nothing.pth")
+    save_file({}, tmp_path / "empty.safetensors")
+    assert "no model that is known" in refusal(load_model, tmp_path / "empty.safetensors")
+
+
+class Malice:
+    """Unpickled without care, it makes a file."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.mkdir, (str(self.victim),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_refused_and_not_run(zipped: bool, plain: State, tmp_path: Path) -> None:
+    path, victim = tmp_path / "weights.pth", tmp_path / "victim"
+    torch.save(plain | {"extra": Malice(victim)}, path, _use_new_zipfile_serialization=zipped)
+    for load in (load_model, lambda p: load_weights(create_model("segformer_b0"), p)):
+        assert re.search(r"not tensors alone \(it would call \w+\.mkdir\)$", refusal(load, path))
+        assert not victim.exists()
+    torch.load(path, weights_only=False)
+    assert victim.exists()  # it would have worked
+
+
+@pytest.mark.parametrize(
+    "head", [{"head.weight": torch.zeros(1000, 256), "head.bias": torch.zeros(1000)}, {}], ids=["head", "none"]
+)
+@pytest.mark.parametrize(
+    "wrapper", [lambda s: s, with_module, lambda s: {"model": s}], ids=["plain", "module", "model"]
+)
+def test_imagenet_files_start_a_backbone_and_are_no_model(
+    head: State, wrapper: Callable[[State], dict[str, Any]], plain: State, tmp_path: Path
+) -> None:
+    encoder = {k: v for k, v in plain.items() if not k.startswith("linear_")}
+    path = tmp_path / "mit_b0.pth"
+    torch.save(wrapper(encoder | head), path)
+    model = create_model("segformer_b0")
+    fresh = {k: v.clone() for k, v in model.state_dict().items()}
+    assert load_backbone(model, path) is False
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, encoder[key] if key in encoder else fresh[key]), key
+    assert "segformer_b0's encoder without a decode head" in refusal(load_model, path)
+    torch.save(wrapper(changed(encoder, {"norm1.bias": None})), path)
+    assert "1 missing: norm1.bias" in refusal(load_backbone, model, path)
+
+
+def test_a_whole_network_starts_a_backbone_with_its_head(plain: State, tmp_path: Path) -> None:
+    model = create_model("segformer_b0")
+    assert load_backbone(model, write(released("TransKDBase", plain), tmp_path / "w.pth")) is True
+    assert all(torch.equal(value, plain[key]) for key, value in model.state_dict().items())
+
+
+def test_saved_models_say_what_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "student.safetensors"
+    model = create_model("segformer_b0", num_classes=7)
+    save_model(model, path, epoch=4, mean_iou=0.5)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["model"], metadata["num_classes"]) == ("segformer_b0", "7")
+    assert json.loads(metadata["facts"]) == {"epoch": 4, "mean_iou": 0.5}
+    loaded = load_model(path)
+    assert loaded.num_classes == 7
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def half_written(state: State, path: Path, metadata: dict[str, str]) -> None:
+    path.write_bytes(b"half")
+    raise OSError("no space left on device")
+
+
+def test_an_exception_while_saving_leaves_the_old_file(
+    network: SegFormer, logits: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "student.safetensors"
+    save_model(network, path)
+    monkeypatch.setattr(models.checkpoints, "save_file", half_written)
+    with pytest.raises(OSError, match="no space"):
+        save_model(create_model("segformer_b0"), path)
+    with torch.no_grad():
+        assert torch.equal(load_model(path)(IMAGES).logits, logits)
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from pathlib import Path
+import models.checkpoints
+
+def dies(state, path, metadata):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+models.checkpoints.save_file = dies
+models.save_model(models.create_model("segformer_b0"), Path(sys.argv[1]))
+"""
+
+
+def test_a_kill_while_saving_leaves_the_old_file(network: SegFormer, logits: Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "student.safetensors"
+    save_model(network, path)
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, path], cwd=ROOT, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    with torch.no_grad():
+        assert torch.equal(load_model(path)(IMAGES).logits, logits)
+    save_model(network, path)  # what was left aside is no obstacle
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -1,0 +1,87 @@
+"""What README.md tells a newcomer to type works, in its order, on small data."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import create_model
+from tests.conftest import ROOT, Command
+
+README = (ROOT / "README.md").read_text()
+BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+COMMANDS = [line.split("#")[0].strip() for line in BASH.splitlines() if line.startswith("python ")]
+TRAINING = ("--height", 64, "--num-workers", 0, "--batch-size", 2, "--max-steps", 1, "--no-tensorboard")
+EVALUATION = ("--height", 64, "--num-workers", 0)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with an ImageNet checkpoint in its place, so that nothing is written into this one."""
+    root = tmp_path_factory.mktemp("checkout")
+    for name in ("cli.py", "demo.py", "datasets", "eval", "models", "train", "ckpt_pretrained", "outputs"):
+        source = ROOT / name
+        if source.is_file():
+            shutil.copy(source, root)
+        else:
+            shutil.copytree(
+                source,
+                root / name,
+                ignore=lambda _, names: [n for n in names if not n.endswith((".py", ".md")) and "." in n],
+            )
+    encoder = {k: v for k, v in create_model("segformer_b2").state_dict().items() if not k.startswith("linear_")}
+    classifier = {"head.weight": torch.zeros(1000, 512), "head.bias": torch.zeros(1000)}
+    torch.save(encoder | classifier, root / "ckpt_pretrained" / "mit_b2.pth")
+    return root
+
+
+@pytest.mark.slow
+def test_commands(checkout: Path, command: Command, scenes: Path, weathers: Path) -> None:
+    assert len(COMMANDS) >= 10
+    for line in COMMANDS:
+        _, *words = line.split()
+        data = weathers if "ACDC" in line.split("--weights")[0] else scenes
+        words = [str(data) if word == "DIR" else word for word in words]
+        more = TRAINING if words[0].startswith("train/") else EVALUATION if words[0].startswith("eval/") else ()
+        done = command(*words, *more, cwd=checkout)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert len(list((checkout / "colour" / "leftImg8bit").rglob("*.png"))) == 4
+    assert len(list((checkout / "colour" / "rgb_anon").rglob("*.png"))) == 4
+
+
+def test_python_block(checkout: Path, command: Command, tmp_path: Path) -> None:
+    """The few lines that load a trained network."""
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    path = tmp_path / "student.pth"
+    torch.save(create_model("segformer_b0").state_dict(), path)
+    block = re.sub(r'load_model\(".*?"\)', f"load_model({str(path)!r})", block)
+    script = f"import torch\nimages = torch.rand(2, 3, 65, 130)\n{block}\nprint(tuple(logits.shape))"
+    done = command("-c", script, cwd=checkout)
+    assert done.stdout.strip() == "(2, 20, 17, 33)", done.stderr
+
+
+def test_make_runs_what_the_readme_says() -> None:
+    plan = subprocess.run(["make", "-n", "demo", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "demo.py" in plan and "pytest" in plan
+
+
+@pytest.mark.slow
+def test_demo(checkout: Path, command: Command, tmp_path: Path) -> None:
+    """`make demo`, at a size that says nothing about quality."""
+    small = ("--scenes", 6, "--subset-every", 3, "--val", 4, "--height", 64, "--pictures", 2, "--batch-size", 2)
+    flags = (*small, "--teacher-epochs", 1, "--student-epochs", 2, "--output-dir", tmp_path)
+    done = command("demo.py", *flags, cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "TransKD-Base" in page and page.count("data:image/png") >= 3
+    assert str(tmp_path / "report.html") in done.stdout.splitlines()[-1]
+
+
+def test_environment_is_the_pinned_one() -> None:
+    environment = (ROOT / "environment.yml").read_text()
+    assert "-r requirements.txt" in environment and "python=3.11" in environment
+    pins = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert all("==" in pin for pin in pins if pin)
