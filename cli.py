@@ -1,7 +1,10 @@
-"""What every command of the project shares: typed flags, one clear line for a user's mistake, the device."""
+"""What every command shares: typed flags, one clear line for a user's mistake, the device, whole files."""
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -23,7 +26,11 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
     try:
         main(tyro.cli(options, description=sys.modules[main.__module__].__doc__))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one tells
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        print(f"error: out of memory ({str(error).splitlines()[0]}); lower --batch-size or --height", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -44,3 +51,20 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} does not work here; use cpu or auto") from error
     return device
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when the block ends well.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written; `path` is as it was.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"can't write {path} ({error.strerror or error}); what was there before still is") from error
+    finally:
+        aside.unlink(missing_ok=True)

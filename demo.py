@@ -33,7 +33,7 @@ scenes they never see. In the paper that knowledge comes from ImageNet. A teache
 the student sees has little to add.
 
 On the {val} validation scenes the distilled student reaches **{distilled:.1f} % mIoU**, the student alone
-**{alone:.1f} %**, the teacher **{teacher:.1f} %** (mean IoU of the classes that occur, quarter-size maps, last weights).
+**{alone:.1f} %**, the teacher **{teacher:.1f} %** (classes that occur, quarter-size maps, last weights).
 
 Everything here was made by `make demo` in {minutes:.1f} minutes.
 """

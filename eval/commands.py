@@ -1,14 +1,13 @@
 """What the four evaluation scripts share: score a split and print the table, or render it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from cli import UserError
+from cli import UserError, writing
 from eval.inference import Evaluation, evaluate, render
 from eval.metrics import percent
 from eval.options import OUTPUTS, ColorOptions, IoUOptions, claim_folder, open_model_and_data
@@ -85,9 +84,5 @@ def iou_table(evaluation: Evaluation, title: str) -> Table:
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write in one step: the file holds the whole result or what it held before."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with writing(path) as aside:
+        aside.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,6 +1,5 @@
 """Run a model over a split, to score it or to render it; files are read and written meanwhile."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.text import Text
 from torch import Tensor, nn
 
-from cli import UserError
+from cli import UserError, writing
 from datasets import SceneDataset
 from datasets.loading import Batch, evaluation_batches
 from datasets.transforms import to_float
@@ -73,6 +73,7 @@ def evaluate(
     `paper`: argmax of the quarter-size logits, ignore output included, against the quarter-size
     label. `full`: the logits of the real classes are upsampled (bilinear) to the label file's own
     size before the argmax, as cityscapesScripts scores a submission.
+    Among several processes (torch.distributed) each takes its share of the images and all get the result.
     The model is back in its mode (train or eval) afterwards.
     Raises UserError if an image has no label.
     """
@@ -81,6 +82,7 @@ def evaluate(
         raise UserError(f"{missing} has no label to score against; choose a labelled --subset")
     classes = dataset.classes
     names = [sample.condition for sample in dataset.samples]
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parts = {
         name: Evaluation(protocol, names.count(name), ConfusionMatrix(classes, device)) for name in dict.fromkeys(names)
     }
@@ -89,6 +91,8 @@ def evaluate(
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=torch.device(device).type == "cuda",
+        rank=rank,
+        world_size=world_size,
     )
     with (
         evaluating(model),
@@ -108,6 +112,9 @@ def evaluate(
                     prediction = upsample(prediction[: classes.num_classes], label.shape)
                 parts[names[index]].counts.update(prediction[None], label[None])
             advance(len(indices))
+    if world_size > 1:
+        for part in parts.values():
+            dist.all_reduce(part.counts.counts)
     total = sum((part.counts for part in parts.values()), ConfusionMatrix(classes, device))
     conditions = {name: part for name, part in parts.items() if name is not None}
     return Evaluation(protocol, len(dataset), total, conditions)
@@ -208,14 +215,12 @@ def output_paths(dataset: SceneDataset, output_dir: Path) -> list[Path]:
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Save in one step, so that an interrupted run leaves no half file. UserError if it cannot."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(partial, format="PNG")
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"can't make the folder {path.parent} ({error.strerror}); choose another one") from error
+    with writing(path) as aside:
+        picture.save(aside, format="PNG")
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from cli import UserError
+from cli import UserError, writing
 from models.factory import MODELS, create_model
 from models.segformer import CONFIGS, SegFormer
 
@@ -77,7 +77,7 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        if called := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        if called := re.search(r"\bGLOBAL (\S+)", str(error)):
             reason = f"it would call {called[1]}"
         raise UserError(f"{path} can't be read as weights: damaged, or not tensors alone ({reason})") from error
     while isinstance(content, Mapping) and (inner := next((k for k in CONTAINERS if k in content), None)):
@@ -230,9 +230,8 @@ def save_model(model: SegFormer, path: Path, **facts: Any) -> None:
         "facts": json.dumps(facts),
     }
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    aside = path.with_name(path.name + ".tmp")
-    save_file(state, aside, metadata)
-    aside.replace(path)
+    with writing(path) as aside:
+        aside.write_bytes(save(state, metadata))
 
 
 def _load(model: SegFormer, state: State, path: Path | str) -> None:

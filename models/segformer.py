@@ -82,24 +82,32 @@ class SegFormer(PyramidTransformer):
         linear too, goes into the product.
         """
         bn = self.linear_fuse.bn
-        fuse = self.linear_fuse.conv.weight.flatten(1)  # (D, 4·D)
-        bias = torch.zeros_like(bn.bias)
-        if fold := not self.training and bn.running_mean is not None and bn.running_var is not None:
-            scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
-            fuse = fuse * scale[:, None]
-            bias = bn.bias - bn.running_mean * scale
+        weights, bias = self._fused_weights()
         size = features[0].shape[-2:]
-        maps = []
-        for i, fuse_i in zip((4, 3, 2, 1), fuse.chunk(4, dim=1), strict=True):
-            linear: nn.Linear = getattr(self, f"linear_c{i}").proj
-            bias = bias + fuse_i @ linear.bias  # resizing leaves a constant as it is: one bias for all stages
-            x = features[i - 1].permute(0, 2, 3, 1)  # (B, h_i, w_i, C_i), contiguous
-            maps.append((x, fuse_i @ linear.weight))
-        (x, weight) = maps.pop()
-        out = F.linear(x, weight, bias).permute(0, 3, 1, 2)  # (B, D, h_1, w_1), channels_last
-        for x, weight in maps:
-            y = F.linear(x, weight).permute(0, 3, 1, 2)
-            out = out + F.interpolate(y, size, mode="bilinear", align_corners=False)
-        if not fold:
+        out = F.linear(features[0].permute(0, 2, 3, 1), weights[0], bias).permute(0, 3, 1, 2)  # (B, D, h_1, w_1)
+        for feature, weight in zip(features[1:], weights[1:], strict=True):
+            y = F.linear(feature.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)  # (B, D, h_i, w_i)
+            out += F.interpolate(y, size, mode="bilinear", align_corners=False)
+        if self.training:
             out = bn(out)
-        return self.linear_pred(self.dropout(F.relu(out)))
+        return self.linear_pred(self.dropout(F.relu(out, inplace=True)))
+
+    def _fused_weights(self) -> tuple[list[Tensor], Tensor]:
+        """Per stage, finest first, the (D, C_i) product of the head's two matrices; and one bias (D,) for all.
+
+        Resizing leaves a constant as it is, so the stages' biases add up. In evaluation BatchNorm is folded in.
+        """
+        bn = self.linear_fuse.bn
+        with torch.autocast(bn.weight.device.type, enabled=False):  # tiny, and worth full precision
+            fuse = self.linear_fuse.conv.weight.flatten(1)  # (D, 4·D), stage 4 first
+            bias = torch.zeros_like(bn.bias)
+            if not self.training and bn.running_mean is not None and bn.running_var is not None:
+                scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+                fuse = fuse * scale[:, None]
+                bias = bn.bias - bn.running_mean * scale
+            weights = []
+            for i, part in enumerate(reversed(fuse.chunk(4, dim=1)), start=1):
+                linear: nn.Linear = getattr(self, f"linear_c{i}").proj
+                weights.append(part @ linear.weight)
+                bias = bias + part @ linear.bias
+        return weights, bias

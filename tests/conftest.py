@@ -45,7 +45,7 @@ def command() -> Command:
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=cwd,
-            env=os.environ | {"OMP_NUM_THREADS": "2"} | environment,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
             capture_output=True,
             text=True,
             timeout=300,

@@ -5,12 +5,13 @@ student.safetensors and student_best.safetensors (the bare network). Data order 
 (seed, epoch, image), so a run goes on in mid-epoch from a step count and torch's random state alone.
 """
 
-import json
 import math
-import os
+import signal
+import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,16 +19,18 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import PolynomialLR
 
-from cli import UserError, find_device
+from cli import UserError
 from datasets import SceneDataset, open_split
 from datasets.classes import Classes
-from datasets.loading import training_batches
+from datasets.loading import Batch, Batches, training_batches
 from datasets.transforms import to_float
 from eval.inference import evaluate
 from models import save_model
 from models.distillation import Distiller
+from train.distributed import Ranks
 from train.options import TrainingOptions
-from train.tracking import Tracker
+from train.run_folder import RunFolder, load_checkpoint, provenance
+from train.tracking import NotFiniteError, Tracker
 
 
 @dataclass
@@ -35,7 +38,7 @@ class State:
     """Where a run stands."""
 
     epoch: int = 1  # the epoch under way, from 1
-    batch: int = 0  # its batches that are done
+    batch: int = 0  # its steps that are done
     step: int = 0  # steps done in all
     best: float = -1.0  # best validation mIoU so far
 
@@ -47,7 +50,7 @@ def start(options: TrainingOptions) -> tuple[tuple[SceneDataset, SceneDataset], 
     """
     torch.manual_seed(options.seed)
     common: dict[str, Any] = {"height": options.height, "cache": options.cache}
-    train = open_split(
+    train_set = open_split(
         options.dataset,
         options.datadir,
         "train",
@@ -56,40 +59,78 @@ def start(options: TrainingOptions) -> tuple[tuple[SceneDataset, SceneDataset], 
         augment=options.augmentation,
         **common,
     )
-    return (train, open_split(options.dataset, options.datadir, "val", **common)), train.classes
+    return (train_set, open_split(options.dataset, options.datadir, "val", **common)), train_set.classes
 
 
 def train(distiller: Distiller, data: tuple[SceneDataset, SceneDataset], options: TrainingOptions) -> None:
     """Train `distiller.student` and keep its last and best weights in the run's folder.
 
     Raises:
-        UserError: the folder holds another run, or `--resume` finds none.
+        UserError: the folder can't be used, `--resume` finds nothing to go on from, a loss is not finite, or the
+            disk is full. What was saved before is still there.
     """
     train_set, val_set = data
-    device = find_device(options.device)
-    parameters = sum(p.numel() for p in distiller.student.parameters())
-    run_dir = open_run_dir(options, parameters)
+    ranks = Ranks(options.device)
+    device = ranks.device
+    micro_batch = ranks.share(options.batch_size, options.accumulate)
+    facts = {
+        "parameters": sum(p.numel() for p in distiller.student.parameters()),
+        "data": train_set.identity(),
+        "world_size": ranks.world_size,
+    }
+    folder = RunFolder(options, **facts) if ranks.first else None
+
+    prepare(device, options)
     distiller.to(device)
+    if options.sync_batchnorm:
+        nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
     optimizer, schedule = recipe(distiller, options)
     state = State()
-    torch.manual_seed(options.seed)  # building other modules drew other numbers; dropout is to be the same
+    torch.manual_seed(options.seed + ranks.rank)  # building other modules drew other numbers; dropout is the same
     if options.resume:
-        state = restore(run_dir, distiller, optimizer, schedule, device)
+        state = restore(options, ranks, distiller, optimizer, schedule)
+    if options.compile:
+        distiller.compile()
+    learner = ranks.wrap(distiller)
 
-    steps_per_epoch = math.ceil(len(train_set) / options.batch_size)
-    total_steps = min(options.num_epochs * steps_per_epoch, options.max_steps or math.inf)
-    saved = time.monotonic()
+    def batches(epoch: int, steps_done: int = 0) -> Batches:
+        return training_batches(
+            train_set,
+            batch_size=micro_batch,
+            seed=options.seed,
+            epoch=epoch,
+            start=steps_done * options.accumulate,
+            num_workers=options.num_workers,
+            pin_memory=device.type == "cuda",
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
 
-    def save(name: str) -> None:
-        nonlocal saved
-        save_checkpoint(run_dir / name, distiller, optimizer, schedule, state, options, device)
-        saved = time.monotonic()
+    steps_per_epoch = math.ceil(len(batches(1)) / options.accumulate)
+    total_steps = min(options.num_epochs * steps_per_epoch, options.max_steps or sys.maxsize)
 
-    def validate(tracker: Tracker, model: nn.Module, event: str = "val") -> float:
+    def save(*, best: bool = False) -> None:
+        random = ranks.gather([torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None])
+        if folder is not None:
+            content = {
+                "model": distiller.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "state": vars(state),
+                "random": random,
+            }
+            folder.save(content, best=best)
+
+    def keep_network(suffix: str, score: float) -> None:
+        if folder is not None:
+            facts = {"method": options.method, "dataset": options.dataset, "step": state.step, "mean_iou": score}
+            save_model(distiller.student, folder.path / f"{options.network}{suffix}.safetensors", **facts)
+
+    def validate(model: nn.Module, event: str = "val") -> float:
         scores = evaluate(
             model,
             val_set,
-            batch_size=options.batch_size,
+            batch_size=micro_batch,
             num_workers=options.num_workers,
             device=device,
             progress=False,
@@ -98,69 +139,111 @@ def train(distiller: Distiller, data: tuple[SceneDataset, SceneDataset], options
         tracker.validated(state.epoch, scores, event)
         return scores["mean_iou"] or 0.0
 
-    with Tracker(run_dir, int(total_steps), state.step, options.steps_loss, options.tensorboard) as tracker:
+    with (
+        Interrupt() as interrupt,
+        Tracker(options, ranks, total_steps, state.step, device) as tracker,
+    ):
+        tracker.record("start", state.epoch, **provenance(device))
         tracker.say(
             f"{options.method}: {len(train_set)} training and {len(val_set)} validation images, "
-            f"{steps_per_epoch} steps an epoch, {total_steps} in all, on {device}, in {run_dir}"
+            f"{steps_per_epoch} steps an epoch, {total_steps} in all, on {device}, in {options.run_dir}"
         )
         if getattr(options, "validate_teacher", False) and distiller.teacher is not None:
-            tracker.say(f"teacher: val mIoU {validate(tracker, distiller.teacher, 'teacher'):.2%}")
+            tracker.say(f"teacher: val mIoU {validate(distiller.teacher, 'teacher'):.2%}")
 
-        while state.epoch <= options.num_epochs and state.step < total_steps:
-            distiller.train()
-            lr = float(schedule.get_last_lr()[0])
-            for images, labels, _ in training_batches(
-                train_set,
-                batch_size=options.batch_size,
-                seed=options.seed,
-                epoch=state.epoch,
-                start=state.batch,
-                num_workers=options.num_workers,
-            ):
-                losses = distiller(
-                    to_float(images.to(device, non_blocking=True)),
-                    labels.to(device, non_blocking=True),
-                )
-                optimizer.zero_grad(set_to_none=True)
-                torch.stack(list(losses.values())).sum().backward()
-                optimizer.step()
-                state.step += 1
-                state.batch += 1
-                tracker.update(losses, state.epoch, lr, len(images))
-                if state.step >= total_steps:
+        saved = time.monotonic()
+        try:
+            while state.epoch <= options.num_epochs and state.step < total_steps:
+                distiller.train()
+                lr = float(schedule.get_last_lr()[0])
+                for group in grouped(batches(state.epoch, state.batch), options.accumulate):
+                    optimizer.zero_grad(set_to_none=True)
+                    for batch in group:
+                        with ranks.averaging(learner, batch is group[-1]):
+                            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                                losses = learner(*to_device(batch, device))
+                            total = torch.stack(list(losses.values())).sum() / len(group)
+                            total.backward()
+                        tracker.add(losses, batch.indices)
+                    optimizer.step()
+                    state.step += 1
+                    state.batch += 1
+                    tracker.stepped(state.epoch, lr)
+                    if state.step >= total_steps or ranks.any(interrupt.signal is not None):
+                        break
+                    if ranks.any(time.monotonic() - saved > 60 * options.save_every):
+                        tracker.flush(state.epoch, lr)
+                        save()
+                        saved = time.monotonic()
+                tracker.flush(state.epoch, lr)
+                stop = ranks.any(interrupt.signal is not None)
+                if stop and state.step < total_steps:
                     break
-                if time.monotonic() - saved > 60 * options.save_every:
-                    save("last.pt")
-            tracker.flush(state.epoch, lr)
 
-            last = state.epoch == options.num_epochs or state.step >= total_steps
-            due = last or state.epoch % options.validate_every == 0
-            score = validate(tracker, distiller.student) if due else 0.0
-            if state.batch == steps_per_epoch:
-                schedule.step()
-                state.epoch, state.batch = state.epoch + 1, 0
-            if due:
-                best = score > state.best
-                state.best = max(score, state.best)
-                tracker.say(
-                    f"step {state.step}/{total_steps}: val mIoU {score:.2%}, best {state.best:.2%}"
-                    + (" *" if best else "")
-                )
-                facts = {
-                    "method": options.method,
-                    "dataset": options.dataset,
-                    "step": state.step,
-                    "mean_iou": score,
-                }
-                save_model(distiller.student, run_dir / f"{options.network}.safetensors", **facts)
-                save("last.pt")
-                if best:
-                    save_model(distiller.student, run_dir / f"{options.network}_best.safetensors", **facts)
-                    save("best.pt")
-        tracker.say(f"done: {run_dir / options.network}.safetensors and {options.network}_best.safetensors")
+                epoch_done = state.batch == steps_per_epoch
+                last = state.step >= total_steps or (epoch_done and state.epoch == options.num_epochs)
+                due = last or (epoch_done and state.epoch % options.validate_every == 0)
+                score = validate(distiller.student) if due else 0.0
+                if epoch_done:
+                    schedule.step()
+                    state.epoch, state.batch = state.epoch + 1, 0
+                if due:
+                    best = score > state.best
+                    state.best = max(score, state.best)
+                    tracker.say(
+                        f"step {state.step}/{total_steps}: val mIoU {score:.2%}, best {state.best:.2%}"
+                        + (" *" if best else "")
+                    )
+                    keep_network("", score)
+                    save()
+                    if best:
+                        keep_network("_best", score)
+                        save(best=True)
+                    saved = time.monotonic()
+        except NotFiniteError as error:
+            names = ", ".join(train_set.samples[i].name for i in error.indices)
+            raise UserError(
+                f"the loss {error.term} is {error.value} at step {error.step} (images {names}); the last good state "
+                f"is kept in {options.run_dir}: look at these images, or try a lower --lr"
+            ) from error
+        if state.step < total_steps and state.epoch <= options.num_epochs:
+            save()
+            tracker.say(f"interrupted at step {state.step}; the same command with --resume goes on from there")
+            sys.exit(128 + (interrupt.signal or signal.SIGTERM))
+        tracker.say(f"done: {options.run_dir / options.network}.safetensors and {options.network}_best.safetensors")
+    ranks.leave()
 
 
-def recipe(distiller: Distiller, options: TrainingOptions) -> tuple[AdamW, PolynomialLR]:
+def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images as float32 in [0, 1] and labels; bytes travel, floats are made on the device."""
+    return to_float(batch.images.to(device, non_blocking=True)), batch.labels.to(device, non_blocking=True)
+
+
+def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Lists of `size` batches; the last may be shorter."""
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def prepare(device: torch.device, options: TrainingOptions) -> None:
+    """Set torch up for speed, or for bits that repeat."""
+    if options.precision == "bf16" and device.type == "cpu":
+        print("warning: bf16 is slower than fp32 on most CPUs", file=sys.stderr)
+    if options.sync_batchnorm and device.type != "cuda":
+        raise UserError("--sync-batchnorm works on CUDA alone; leave it out")
+    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = options.tf32
+    torch.backends.cudnn.benchmark = not options.deterministic
+    torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
+
+
+def recipe(distiller: nn.Module, options: TrainingOptions) -> tuple[AdamW, PolynomialLR]:
     """AdamW on every parameter, and the learning rate that falls once an epoch.
 
     As published, epoch e uses lr·(1 − e/1500): the schedule makes its first step before the training does.
@@ -179,77 +262,43 @@ def recipe(distiller: Distiller, options: TrainingOptions) -> tuple[AdamW, Polyn
     return optimizer, schedule
 
 
-def open_run_dir(options: TrainingOptions, parameters: int) -> Path:
-    """Make the run's folder and write options.json.
-
-    Raises:
-        UserError: it can't be written, or holds a run and `--resume` was not given.
-    """
-    run_dir = options.run_dir
-    if not options.resume and (run_dir / "last.pt").exists():
-        raise UserError(f"{run_dir} already holds a run; add --resume to go on with it, or choose another --output-dir")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not options.resume:
-            (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-        facts = options.as_json() | {"parameters": parameters}
-        (run_dir / "options.json").write_text(json.dumps(facts, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"can't write to {run_dir} ({error.strerror}); choose another --output-dir") from error
-    return run_dir
-
-
-def save_checkpoint(
-    path: Path,
-    distiller: Distiller,
-    optimizer: AdamW,
-    schedule: PolynomialLR,
-    state: State,
-    options: TrainingOptions,
-    device: torch.device,
-) -> None:
-    """Write everything that decides the run's future: aside first, then renamed over the old one."""
-    content = {
-        "model": distiller.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "state": vars(state),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "options": options.as_json(),
-    }
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
 def restore(
-    run_dir: Path,
-    distiller: Distiller,
-    optimizer: AdamW,
-    schedule: PolynomialLR,
-    device: torch.device,
+    options: TrainingOptions, ranks: Ranks, distiller: Distiller, optimizer: AdamW, schedule: PolynomialLR
 ) -> State:
     """Take everything up from the last checkpoint.
 
     Raises:
-        UserError: there is none, it is damaged, or it belongs to another method.
+        UserError: there is none, or it belongs to another method, model or number of processes.
     """
-    path = run_dir / "last.pt"
-    if not path.exists():
-        raise UserError(f"no checkpoint at {path} to go on from; leave --resume out to start a run")
+    content = load_checkpoint(options.run_dir)
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
         distiller.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged or of another method or model ({reason})") from error
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"the checkpoint in {options.run_dir} is of another method or model ({error})") from error
     schedule.load_state_dict(content["schedule"])
-    torch.set_rng_state(content["random"].cpu())
-    if content["random_cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(content["random_cuda"].cpu(), device)
+    if len(content["random"]) != ranks.world_size:
+        raise UserError(f"{options.run_dir} was trained by {len(content['random'])} processes; go on with as many")
+    random, random_cuda = content["random"][ranks.rank]
+    torch.set_rng_state(random)
+    if random_cuda is not None and ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(random_cuda)
     return State(**content["state"])
+
+
+class Interrupt:
+    """Within it SIGINT and SIGTERM are remembered, so that the step is finished and saved; a second one acts."""
+
+    signal: int | None = None
+
+    def __enter__(self) -> "Interrupt":
+        self.before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(number, self.before[signal.Signals(number)])

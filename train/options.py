@@ -47,8 +47,8 @@ class TrainingOptions:
     num_epochs: int = 1000
     """Passes over the training images."""
     batch_size: int = 2
-    """Images a step. A larger batch at the same number of epochs means fewer steps, and a lower mIoU: a reader of the
-    original trained at 10 instead of 2 and got 62.1 instead of 68.6."""
+    """Images a step, over all processes. A larger batch at the same number of epochs means fewer steps, and a lower
+    mIoU: a reader of the original trained at 10 instead of 2 and got 62.1 instead of 68.6."""
     max_steps: int | None = None
     """Stop after this many steps in all (validating and saving as at an epoch's end)."""
     lr: float = 6e-5
@@ -82,6 +82,22 @@ class TrainingOptions:
     """Log the losses every N steps."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run's folder."""
+    override: bool = False
+    """With --resume: insist on options that change what the run computes."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the networks in bfloat16 where that is safe; losses stay in float32. For GPUs."""
+    tf32: bool = True
+    """On GPUs, let float32 matrix products use TF32."""
+    compile: bool = False
+    """Compile the training step with torch.compile."""
+    accumulate: int = 1
+    """Split each batch into this many parts whose gradients add up, to save memory."""
+    sync_batchnorm: bool = False
+    """Compute BatchNorm over all processes (CUDA)."""
+    deterministic: bool = False
+    """Use deterministic algorithms where torch has them (on a CPU it always does)."""
+
     seed: int = 0
     """Seed of initialisation, data order, augmentation and dropout."""
     device: str = "auto"
@@ -100,6 +116,7 @@ class TrainingOptions:
             "validate_every",
             "steps_loss",
             "lr_decay_epochs",
+            "accumulate",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")

@@ -1,89 +1,128 @@
 """What a run tells the world: a progress line, metrics.jsonl, TensorBoard."""
 
 import json
+import math
 import sys
 import time
-from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torch import Tensor
 
+from train.distributed import Ranks
+from train.options import TrainingOptions
+
 CONSOLE = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+class NotFiniteError(Exception):
+    """A loss is NaN or infinite.
+
+    Attributes:
+        term, value, step: which, and when.
+        indices: the images of that batch.
+    """
+
+    def __init__(self, term: str, value: float, step: int, indices: list[int]) -> None:
+        super().__init__(term)
+        self.term, self.value, self.step, self.indices = term, value, step, indices
+
+
 class Tracker:
-    """Collects the losses on the device and fetches them only when they are logged.
+    """Keeps losses on the device and fetches them only when they are logged. Rank 0 alone writes and speaks.
 
     Args:
-        run_dir: metrics.jsonl and the TensorBoard files are written here.
         total_steps: steps of the whole run.
-        start_step: steps already done; metrics logged after that, by a run that was killed, are dropped.
-        log_every: steps between two records.
+        start_step: steps already done; what a killed run logged after that is dropped.
     """
 
     LINE_SECONDS = 10.0  # without a terminal, a line at most this often
 
-    def __init__(self, run_dir: Path, total_steps: int, start_step: int, log_every: int, tensorboard: bool) -> None:
-        self.total_steps, self.step, self.log_every = total_steps, start_step, log_every
-        self.path = run_dir / "metrics.jsonl"
-        self._drop_after(start_step)
-        self.file = self.path.open("a", buffering=1)
-        self.writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
-        self.sums: dict[str, Tensor] = {}
-        self.steps_summed = self.images = self.images_total = self.steps_here = 0
+    def __init__(
+        self, options: TrainingOptions, ranks: Ranks, total_steps: int, start_step: int, device: torch.device
+    ) -> None:
+        self.ranks, self.device = ranks, device
+        self.total_steps, self.step, self.log_every = total_steps, start_step, options.steps_loss
+        self.names: list[str] = []
+        self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, losses on the device, image indices
+        self.images = self.steps_here = 0
         self.clock = self.started = time.perf_counter()
         self.last_line = 0.0
+        self.file: TextIO | None = None
+        self.writer: Any = None
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(20), console=CONSOLE, transient=True)
         self.task: TaskID | None = None
+        if ranks.first:
+            path = options.run_dir / "metrics.jsonl"
+            kept = _records_until(path.read_text() if path.exists() else "", start_step)
+            path.write_text(kept)
+            self.file = path.open("a", buffering=1)
+            if options.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(options.run_dir / "tensorboard"), purge_step=start_step + 1)
 
     def __enter__(self) -> "Tracker":
-        if CONSOLE.is_terminal:
+        if self.ranks.first and CONSOLE.is_terminal:
             self.bar.start()
             self.task = self.bar.add_task("starting", total=self.total_steps, completed=self.step)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         if self.writer is not None:
             self.writer.close()
 
-    def update(self, losses: dict[str, Tensor], epoch: int, lr: float, images: int) -> None:
-        """Count one step; every `log_every` steps the mean losses since the last record are logged."""
+    def add(self, losses: dict[str, Tensor], indices: Tensor) -> None:
+        """Remember the losses of one batch."""
+        self.names = list(losses)
+        self.pending.append((self.step + 1, torch.stack([loss.detach() for loss in losses.values()]), indices))
+
+    def stepped(self, epoch: int, lr: float) -> None:
+        """Count a step; the first one and every `--steps-loss`-th are logged."""
         self.step += 1
         self.steps_here += 1
-        self.steps_summed += 1
-        self.images += images
-        self.images_total += images
-        for name, loss in losses.items():
-            detached = loss.detach()
-            self.sums[name] = self.sums[name] + detached if name in self.sums else detached
         if self.step % self.log_every == 0 or self.steps_here == 1:
             self.flush(epoch, lr)
 
     def flush(self, epoch: int, lr: float) -> None:
-        """Log what was collected since the last record."""
-        if not self.steps_summed:
+        """Log the mean losses since the last record.
+
+        Raises:
+            NotFiniteError: one of them is not a number, on any rank.
+        """
+        if not self.pending:
             return
-        values = (torch.stack(list(self.sums.values())) / self.steps_summed).tolist()
+        values = torch.stack([losses for _, losses, _ in self.pending])  # (batches, terms)
+        if self.ranks.any(not math.isfinite(values.sum().item())):  # the one moment at which the host waits
+            self._find_not_finite()
+        means = dict(zip(self.names, self.ranks.mean(values.double().mean(0)).tolist(), strict=True))
+        means["total"] = sum(means.values())
         now = time.perf_counter()
-        means = dict(zip(self.sums, values, strict=True))
-        means["total"] = sum(values)
-        rate = self.images / (now - self.clock)
-        self.record("train", epoch, lr=lr, losses=means, images_per_second=round(rate, 3))
+        images = self.ranks.world_size * sum(len(indices) for _, _, indices in self.pending)
+        self.images += images
+        self.record("train", epoch, lr=lr, losses=means, images_per_second=round(images / (now - self.clock), 3))
         if self.writer is not None:
             for name, value in means.items():
                 self.writer.add_scalar(f"loss/{name}", value, self.step)
             self.writer.add_scalar("lr", lr, self.step)
         self._show(epoch, lr, means, now)
-        self.sums, self.steps_summed, self.images, self.clock = {}, 0, 0, now
+        self.pending, self.clock = [], now
+
+    def _find_not_finite(self) -> None:
+        found = [
+            (step, name, value, indices.tolist())
+            for step, losses, indices in self.pending
+            for name, value in zip(self.names, losses.tolist(), strict=True)
+            if not math.isfinite(value)
+        ]
+        first = min(f[0] for f in self.ranks.gather(found) if f)
+        step, name, value, indices = first
+        raise NotFiniteError(name, value, step, indices)
 
     def validated(self, epoch: int, scores: dict[str, Any], event: str = "val") -> None:
         """Log an evaluation's scores."""
@@ -94,14 +133,16 @@ class Tracker:
 
     def record(self, event: str, epoch: int, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
-        self.file.write(json.dumps({"event": event, "epoch": epoch, "step": self.step} | values) + "\n")
+        if self.file is not None:
+            self.file.write(json.dumps({"event": event, "epoch": epoch, "step": self.step} | values) + "\n")
 
     def say(self, text: str) -> None:
         """A line that stays on the screen."""
-        CONSOLE.print(text, markup=False)
+        if self.ranks.first:
+            CONSOLE.print(text, markup=False)
 
     def _show(self, epoch: int, lr: float, means: dict[str, float], now: float) -> None:
-        rate = self.images_total / (now - self.started)
+        rate = self.images / (now - self.started)
         left = (now - self.started) / self.steps_here * (self.total_steps - self.step)
         terms = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
         text = (
@@ -110,22 +151,21 @@ class Tracker:
         )
         if self.task is not None:
             self.bar.update(self.task, description=text, completed=self.step)
-        elif now - self.last_line > self.LINE_SECONDS:
+        elif self.ranks.first and now - self.last_line > self.LINE_SECONDS:
             self.last_line = now
             print(text, file=sys.stderr, flush=True)
 
-    def _drop_after(self, step: int) -> None:
-        """Forget records beyond the checkpoint that the run goes on from."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:  # the line that a kill cut off
-                continue
-        self.path.write_text("".join(kept))
+
+def _records_until(text: str, step: int) -> str:
+    """The lines of metrics.jsonl up to a step, without the one that a kill cut off."""
+    kept = []
+    for line in text.splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    return "".join(kept)
 
 
 def _duration(seconds: float) -> str:

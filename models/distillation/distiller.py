@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.distillation.csf import CrossSelectiveFusion
-from models.distillation.losses import cross_entropy, hierarchical_context_loss
+from models.distillation.losses import cross_entropy, embedding_loss, hierarchical_context_loss
 from models.distillation.pea import PatchEmbeddingAlignment
 from models.segformer import SegFormer, SegmentationOutput
 
@@ -85,7 +85,7 @@ class Distiller(nn.Module):
         if self.alignment is not None:
             aligned = self.alignment(images, student)
             for (i, projected), weight in zip(aligned.items(), self.embed_weights, strict=True):
-                losses[f"embed{i}"] = weight * nn.functional.mse_loss(projected, teacher.embeddings[i - 1])
+                losses[f"embed{i}"] = weight * embedding_loss(projected, teacher.embeddings[i - 1])
         return losses
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> "Distiller":

@@ -1,0 +1,95 @@
+"""One process or many: `torchrun --nproc-per-node N train/TransKDBase.py …` (several nodes by the same command).
+
+Every rank computes its share of a global batch; gradients are averaged by DistributedDataParallel, logged losses
+and confusion matrices over all ranks; rank 0 alone writes.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cli import UserError, find_device
+
+
+class Ranks:
+    """This process among those that train together.
+
+    Attributes:
+        rank, world_size: 0 and 1 for a process of its own.
+        device: where this process computes.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.world_size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device = find_device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batch_size: int, accumulate: int) -> int:
+        """Images of a global batch that each rank takes at a time.
+
+        Raises:
+            UserError: they can't be shared out evenly.
+        """
+        parts = self.world_size * accumulate
+        if batch_size % parts:
+            raise UserError(
+                f"--batch-size {batch_size} can't be shared by {self.world_size} processes with --accumulate "
+                f"{accumulate}; it is the global batch, and must be a multiple of {parts}"
+            )
+        return batch_size // parts
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module whose gradients are averaged over ranks."""
+        if self.world_size == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        # CSF has two squeezes and uses one of them, according to the batch
+        return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)
+
+    def averaging(self, module: nn.Module, now: bool) -> AbstractContextManager[None]:
+        """Whether a backward pass within it averages gradients over ranks, or lets them add up in each."""
+        return nullcontext() if now or not isinstance(module, DistributedDataParallel) else module.no_sync()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values = values / self.world_size
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in their order."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()

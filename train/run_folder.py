@@ -1,0 +1,133 @@
+"""A run's folder: who may write into it, what is kept in it, and how a run is taken up again.
+
+Files are written aside and renamed, so that at every moment there is a whole checkpoint. The one before the last is
+kept as previous.pt, for the day on which the last turns out to be damaged.
+"""
+
+import fcntl
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy
+import PIL
+import torch
+
+from cli import UserError, writing
+from train.options import ROOT, TrainingOptions
+
+FREE = (
+    "output_dir", "resume", "override", "datadir", "cache", "num_workers", "num_epochs", "max_steps", "device",
+    "validate_every", "validate_teacher", "save_every", "steps_loss", "tensorboard",
+)  # fmt: skip
+"""Options that a resumed run may change: they don't change what is computed (moved data is recognised by content)."""
+
+
+class RunFolder:
+    """The folder of one run, claimed for this process.
+
+    Raises:
+        UserError: it can't be written, another process writes into it, it holds a run and `--resume` was not given, or
+            `--resume` was given with options that would change the result.
+    """
+
+    def __init__(self, options: TrainingOptions, **facts: Any) -> None:
+        self.path = options.run_dir
+        self.lock: TextIO | None = None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.path / "lock").open("w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run writes into {self.path}; choose another --output-dir") from error
+        except OSError as error:
+            raise UserError(f"can't write to {self.path} ({error.strerror}); choose another --output-dir") from error
+        known = self.path / "options.json"
+        if options.resume:
+            self._compare(json.loads(known.read_text()) if known.exists() else {}, options.as_json() | facts, options)
+        elif (self.path / "last.pt").exists() or (self.path / "previous.pt").exists():
+            raise UserError(
+                f"{self.path} already holds a run; add --resume to go on with it, or choose another --output-dir"
+            )
+        else:
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        with writing(known) as aside:
+            aside.write_text(json.dumps(options.as_json() | facts, indent=2) + "\n")
+
+    def save(self, content: dict[str, Any], *, best: bool = False) -> None:
+        """Write a checkpoint, last.pt or best.pt.
+
+        Raises:
+            UserError: it could not be written; the one before is still there.
+        """
+        path = self.path / ("best.pt" if best else "last.pt")
+        with writing(path) as aside:
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            with aside.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            if not best and path.exists():
+                previous = self.path / "previous.pt"
+                previous.unlink(missing_ok=True)
+                previous.hardlink_to(path)
+
+    def _compare(self, before: dict[str, Any], now: dict[str, Any], options: TrainingOptions) -> None:
+        changed = [
+            f"{key} {now.get(key)} instead of {before[key]}"
+            for key in before
+            if key not in FREE and before[key] != now.get(key)
+        ]
+        if changed and not options.override:
+            raise UserError(
+                f"--resume with other options than {self.path} began with would change its result: "
+                f"{'; '.join(changed)}; give the same ones, or --override to insist"
+            )
+
+
+def load_checkpoint(run_dir: Path) -> dict[str, Any]:
+    """The last checkpoint that is whole.
+
+    Raises:
+        UserError: there is none.
+    """
+    problem = "leave --resume out to start a run"
+    for name in ("last.pt", "previous.pt"):
+        path = run_dir / name
+        if not path.exists():
+            continue
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            problem = str(error).splitlines()[0]
+            print(f"warning: {path} is damaged ({problem})", file=sys.stderr)
+            continue
+        if name == "previous.pt":
+            print(f"warning: going on from {path}, step {content['state']['step']}", file=sys.stderr)
+        return content
+    raise UserError(f"no checkpoint in {run_dir} to go on from; {problem}")
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What a run was made with: command, versions, device, git revision."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
+    )
+    return {
+        "command": sys.argv,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "pillow": PIL.__version__,
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "revision": git.stdout.strip() or None,
+    }
