@@ -13,12 +13,17 @@ BUILDERS: dict[str, Callable[..., SegFormer]] = {
 MODELS = tuple(BUILDERS)
 
 
-def create_model(name: str, num_classes: int = 20) -> SegFormer:
+def create_model(name: str, num_classes: int = 20, *, drop_path_rate: float = 0.1, dropout: float = 0.1) -> SegFormer:
     """A freshly initialised model; its output has `.logits`, `.features`, `.embeddings`.
+
+    Args:
+        num_classes: outputs, "ignore" included.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+        dropout: of whole channels ahead of the classifier.
 
     Raises:
         UserError: no model has that name.
     """
     if name not in BUILDERS:
         raise UserError(f"no model is called {name!r}; choose one of {', '.join(MODELS)}")
-    return BUILDERS[name](num_classes=num_classes)
+    return BUILDERS[name](num_classes, drop_path_rate=drop_path_rate, dropout=dropout)

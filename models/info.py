@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cli
-from cli import UserError
+from cli import UserError, find_device
 from models.distillation import CrossSelectiveFusion, Distiller, EmbeddingAssistant, GLMixer, PatchEmbeddingAlignment
 from models.distillation.csf import SelectiveKernelFusion
 from models.distillation.gl_mixer import SelfAttention
@@ -173,7 +173,7 @@ def build(name: str) -> nn.Module:
     return distiller.eval()
 
 
-def measure(name: str, height: int, width: int, device: str, repeats: int = 5) -> tuple[float, float | None]:
+def measure(name: str, height: int, width: int, device: torch.device, repeats: int = 5) -> tuple[float, float | None]:
     """Median seconds of a forward pass of one image, and the most bytes that weights and passes took together.
 
     Bytes are torch's on a GPU and the growth of the resident memory on a CPU, there right only in a process that
@@ -186,18 +186,18 @@ def measure(name: str, height: int, width: int, device: str, repeats: int = 5) -
     for _ in range(repeats + 1):
         start = time.perf_counter()
         forward(module, images)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     after = _peak_memory(device)
     growth = None if before is None or after is None else after - before
     return statistics.median(times[1:]), growth  # the first pass warms up
 
 
-def _peak_memory(device: str) -> int | None:
+def _peak_memory(device: torch.device) -> int | None:
     """Bytes, the highest so far."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     # Not getrusage: on Linux its peak is inherited from the process that started this one.
     status = Path("/proc/self/status")
     peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
@@ -216,8 +216,8 @@ class Options:
     """Width of the image."""
     measure: bool = False
     """Also run each on this machine: median latency and peak memory of a forward pass of one image."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where --measure runs; auto takes a GPU where there is one."""
+    device: str = "auto"
+    """Where --measure runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
 
 
 def table(options: Options) -> Table:
@@ -230,9 +230,7 @@ def table(options: Options) -> Table:
         raise UserError(
             f"{options.height}×{options.width} is too small: the networks go down to a 32nd; 32 is the least"
         )
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA GPU here; try --device cpu")
-    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = find_device(options.device)
     size = options.height, options.width
     result = Table(title=f"one image of {size[0]}×{size[1]}")
     result.add_column("model", no_wrap=True)

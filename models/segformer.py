@@ -50,9 +50,9 @@ class Fuse(nn.Module):
 class SegFormer(PyramidTransformer):
     """SegFormer; parameters are named as in the published checkpoints."""
 
-    def __init__(self, name: str, num_classes: int = 20) -> None:
+    def __init__(self, name: str, num_classes: int = 20, *, drop_path_rate: float = 0.1, dropout: float = 0.1) -> None:
         config, width = CONFIGS[name]
-        super().__init__(config)
+        super().__init__(config, drop_path_rate)
         self.name, self.num_classes, self.channels = name, num_classes, config.channels
         for i in range(4, 0, -1):
             setattr(
@@ -61,7 +61,7 @@ class SegFormer(PyramidTransformer):
                 StageProjection(config.channels[i - 1], width),
             )
         self.linear_fuse = Fuse(width)
-        self.dropout = nn.Dropout2d(0.1)
+        self.dropout = nn.Dropout2d(dropout)
         self.linear_pred = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, images: Tensor, logits: bool = True) -> SegmentationOutput:

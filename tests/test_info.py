@@ -1,17 +1,31 @@
 """Parameters and multiply-accumulates against the published ones, and the command that prints them."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from models.info import ATTENTION, METHODS, Count, build, count_macs, executed_macs, forward, full_macs, published_macs
+import cli
+from models import create_model
+from models.distillation import CrossSelectiveFusion, Distiller
+from models.info import (
+    ATTENTION,
+    METHODS,
+    Count,
+    Options,
+    build,
+    count_macs,
+    executed_macs,
+    forward,
+    full_macs,
+    main,
+    published_macs,
+)
 from tests.conftest import Command
 from tests.golden_data import ALIGNMENTS, SEGFORMERS, load, published_key
-from tests.golden_data import build as build_golden
 
 PAPER = {  # parameters, GFLOPs as the paper's tables round them
     "segformer_b2": (27_362_004, "113.84"),
@@ -33,6 +47,13 @@ def summed(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
     return dict(total)
 
 
+def distiller(alignment: Callable[..., nn.Module] | None) -> Distiller:
+    student, teacher = create_model("segformer_b0"), create_model("segformer_b2")
+    channels = student.channels, teacher.channels
+    modules = {"fusion": CrossSelectiveFusion(*channels), "alignment": alignment and alignment(*channels)}
+    return Distiller(student, None, **modules).eval()
+
+
 def top_module(count: Count, method: bool) -> str:
     """The golden names: the student's modules in a distiller count one by one, like the distillation modules."""
     parts = published_key(count.module).split(".")
@@ -43,11 +64,8 @@ def top_module(count: Count, method: bool) -> str:
 def test_macs_are_the_published_ones_layer_by_layer(name: str) -> None:
     golden = load("gflops.json")[name]
     method = name in ALIGNMENTS
-    if method:
-        module = build_golden(name).to("meta").eval()
-    else:
-        with torch.device("meta"):
-            module = build(SEGFORMERS[name])
+    with torch.device("meta"):
+        module = distiller(ALIGNMENTS[name]) if method else build(SEGFORMERS[name])
     counts = [count for count in count_macs(module, cityscapes()) if count.kind != ATTENTION]
     assert published_macs(counts) == golden["macs_total"]
     assert summed((c.kind, c.macs) for c in counts) == golden["by_type"]
@@ -121,9 +139,18 @@ def test_command_prints_and_measures(command: Command) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [(["segformer_b9"], "segformer_b9"), (["segformer_b0", "--height", "16"], "too small")],
+    [
+        (["segformer_b9"], "segformer_b9"),
+        (["segformer_b0", "--height", "16"], "too small"),
+        (["segformer_b0", "--device", "abacus"], "--device abacus"),
+    ],
 )
-def test_mistakes_are_one_line(command: Command, arguments: list[str], reason: str) -> None:
-    done = command("-m", "models.info", *arguments)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and reason in done.stderr
+def test_mistakes_are_one_line(
+    arguments: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["info.py", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main, Options)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and reason in line

@@ -63,6 +63,10 @@ class TrainingOptions:
     """The learning rate falls once an epoch, linearly, and would be 0 at this epoch."""
     lr_power: float = 1.0
     """Power of the polynomial decay."""
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the last block of the network that learns; rises linearly from 0."""
+    dropout: float = 0.1
+    """Dropout of whole channels ahead of its classifier."""
     flip: bool = True
     """Flip images from left to right, half of the time."""
     shift: int = 2
@@ -127,6 +131,10 @@ class TrainingOptions:
             raise UserError(f"--height is {self.height}; the network's four stages need at least {MIN_HEIGHT}")
         if not self.lr > 0:
             raise UserError(f"--lr is {self.lr}; it must be positive")
+
+    def new_model(self, name: str, num_classes: int) -> SegFormer:
+        """The network that is to learn, from random weights."""
+        return create_model(name, num_classes, drop_path_rate=self.drop_path_rate, dropout=self.dropout)
 
     @property
     def run_dir(self) -> Path:
@@ -217,7 +225,7 @@ class DistillationOptions(TrainingOptions):
 
 def new_student(options: Any, num_classes: int) -> SegFormer:
     """A student from scratch, or from the weights that the options name."""
-    model = create_model(options.student_model, num_classes)
+    model: SegFormer = options.new_model(options.student_model, num_classes)
     path = options.student_weights
     if path is None and options.student_pretrained:
         path = pretrained_path(options.student_model)

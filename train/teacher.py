@@ -15,7 +15,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
 import cli
-from models import create_model, load_backbone
+from models import load_backbone
 from models.distillation import Distiller
 from models.factory import MODELS
 from train.engine import start, train
@@ -41,7 +41,7 @@ class Options(TrainingOptions):
 
 def main(options: Options) -> None:
     data, classes = start(options)
-    teacher = create_model(options.teacher_model, classes.num_outputs)
+    teacher = options.new_model(options.teacher_model, classes.num_outputs)
     if not options.from_scratch:
         load_backbone(teacher, options.teacher_weights or pretrained_path(options.teacher_model))
     train(Distiller(teacher, classes.weights), data, options)

@@ -1,0 +1,65 @@
+"""Two processes compute what one computes with the same global batch."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Command
+from tests.test_training import SMALL, assert_equal, records
+
+
+def torchrun(command: Command, *arguments: object):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-addr", "127.0.0.1")
+    return command(*launcher, "--master-port", port, *arguments)
+
+
+@pytest.mark.slow
+def test_two_processes(command: Command, scenes: Path, teacher_weights: Path, tmp_path: Path) -> None:
+    """Without dropout, whose draws each process makes for itself; BatchNorm sees two images at a time in both."""
+    flags = (
+        *("train/TransKDBase.py", "--datadir", scenes, "--teacher-weights", teacher_weights, *SMALL),
+        *(
+            "--batch-size",
+            4,
+            "--max-steps",
+            5,
+            "--validate-every",
+            5,
+            "--drop-path-rate",
+            0,
+            "--dropout",
+            0,
+            "--lr",
+            1e-4,
+        ),
+    )
+    one = command(*flags, "--accumulate", 2, "--output-dir", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    two = torchrun(command, *flags, "--output-dir", tmp_path / "two")
+    assert two.returncode == 0, two.stderr
+    first, second = ([r for r in records(tmp_path / n) if r["event"] == "train"] for n in ("one", "two"))
+    assert len(first) == len(second) == 5
+    for a, b in zip(first[:2], second[:2], strict=True):  # later steps drift apart by rounding
+        assert a["losses"] == pytest.approx(b["losses"], rel=1e-5)
+    for a, b in zip(first, second, strict=True):
+        assert a["losses"]["total"] == pytest.approx(b["losses"]["total"], rel=2e-3)
+    counted = [next(r for r in records(tmp_path / n) if r["event"] == "val")["images"] for n in ("one", "two")]
+    assert counted == [4, 4]
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly(command: Command, scenes: Path, tmp_path: Path) -> None:
+    flags = ("train/student.py", "--datadir", scenes, *SMALL, "--batch-size", 4, "--validate-every", 2)
+    for steps, name, more in ((6, "whole", ()), (4, "parts", ()), (6, "parts", ("--resume",))):
+        done = torchrun(command, *flags, "--max-steps", steps, "--output-dir", tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+    assert_equal(tmp_path / "whole" / "student.safetensors", tmp_path / "parts" / "student.safetensors")
+
+
+def test_batch_that_cannot_be_shared(command: Command, scenes: Path, tmp_path: Path) -> None:
+    done = command("train/student.py", "--datadir", scenes, *SMALL, "--accumulate", 3, "--output-dir", tmp_path / "run")
+    assert done.returncode == 2 and "multiple of 3" in done.stderr
