@@ -141,7 +141,7 @@ def test_two_runs_in_one_folder(command: Command, scenes: Path, tmp_path: Path) 
     import fcntl
 
     with (tmp_path / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
         done = command(*RUN, "--datadir", scenes, "--output-dir", tmp_path)
     assert done.returncode == 2 and "another run writes into" in done.stderr
 
