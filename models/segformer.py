@@ -3,6 +3,7 @@
 As in the published TransKD code the network takes RGB in [0, 1] and predicts at a quarter of the image's size.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -98,7 +99,9 @@ class SegFormer(PyramidTransformer):
         Resizing leaves a constant as it is, so the stages' biases add up. In evaluation BatchNorm is folded in.
         """
         bn = self.linear_fuse.bn
-        with torch.autocast(bn.weight.device.type, enabled=False):  # tiny, and worth full precision
+        device = bn.weight.device.type
+        mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if mixed else nullcontext():  # tiny, and worth full precision
             fuse = self.linear_fuse.conv.weight.flatten(1)  # (D, 4·D), stage 4 first
             bias = torch.zeros_like(bn.bias)
             if not self.training and bn.running_mean is not None and bn.running_var is not None:

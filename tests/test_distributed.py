@@ -20,33 +20,20 @@ def torchrun(command: Command, *arguments: object):
 @pytest.mark.slow
 def test_two_processes(command: Command, scenes: Path, teacher_weights: Path, tmp_path: Path) -> None:
     """Without dropout, whose draws each process makes for itself; BatchNorm sees two images at a time in both."""
-    flags = (
-        *("train/TransKDBase.py", "--datadir", scenes, "--teacher-weights", teacher_weights, *SMALL),
-        *(
-            "--batch-size",
-            4,
-            "--max-steps",
-            5,
-            "--validate-every",
-            5,
-            "--drop-path-rate",
-            0,
-            "--dropout",
-            0,
-            "--lr",
-            1e-4,
-        ),
-    )
+    names = sorted(p.name for p in (scenes / "leftImg8bit" / "train").rglob("*.png"))
+    listed = tmp_path / "eight.txt"  # so that every batch of four is whole
+    listed.write_text("\n".join(names[:8]))
+    flags = ["train/TransKDBase.py", "--datadir", scenes, "--teacher-weights", teacher_weights, *SMALL]
+    flags += ["--train-list", listed, "--batch-size", 4, "--max-steps", 5, "--validate-every", 5]
+    flags += ["--drop-path-rate", 0, "--dropout", 0, "--lr", 1e-4]
     one = command(*flags, "--accumulate", 2, "--output-dir", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     two = torchrun(command, *flags, "--output-dir", tmp_path / "two")
     assert two.returncode == 0, two.stderr
     first, second = ([r for r in records(tmp_path / n) if r["event"] == "train"] for n in ("one", "two"))
     assert len(first) == len(second) == 5
-    for a, b in zip(first[:2], second[:2], strict=True):  # later steps drift apart by rounding
-        assert a["losses"] == pytest.approx(b["losses"], rel=1e-5)
     for a, b in zip(first, second, strict=True):
-        assert a["losses"]["total"] == pytest.approx(b["losses"]["total"], rel=2e-3)
+        assert a["losses"] == pytest.approx(b["losses"], rel=1e-5 if a["step"] == 1 else 1e-3)
     counted = [next(r for r in records(tmp_path / n) if r["event"] == "val")["images"] for n in ("one", "two")]
     assert counted == [4, 4]
 
