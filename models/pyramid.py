@@ -28,12 +28,12 @@ class PyramidConfig:
 
 def to_map(tokens: Tensor, h: int, w: int) -> Tensor:
     """(B, h·w, C) -> (B, C, h, w), a channels_last view."""
-    return tokens.transpose(1, 2).unflatten(2, (h, w))
+    return tokens.unflatten(1, (h, w)).permute(0, 3, 1, 2)
 
 
 def to_tokens(feature_map: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, h·w, C), a view when the map is channels_last."""
-    return feature_map.flatten(2).transpose(1, 2)
+    return feature_map.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class OverlapPatchEmbed(nn.Module):

@@ -85,18 +85,19 @@ class SegFormer(PyramidTransformer):
         bn = self.linear_fuse.bn
         weights, bias = self._fused_weights()
         size = features[0].shape[-2:]
-        out = F.linear(features[0].permute(0, 2, 3, 1), weights[0], bias).permute(0, 3, 1, 2)  # (B, D, h_1, w_1)
-        for feature, weight in zip(features[1:], weights[1:], strict=True):
-            y = F.linear(feature.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)  # (B, D, h_i, w_i)
-            out += F.interpolate(y, size, mode="bilinear", align_corners=False)
+        out = F.linear(features[0].permute(0, 2, 3, 1), weights[0]).permute(0, 3, 1, 2)  # (B, D, h_1, w_1)
+        for i in (1, 2, 3):
+            y = F.linear(features[i].permute(0, 2, 3, 1), weights[i], bias if i == 3 else None)  # (B, h_i, w_i, D)
+            out += F.interpolate(y.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=False)
         if self.training:
             out = bn(out)
-        return self.linear_pred(self.dropout(F.relu(out, inplace=True)))
+        out = self.dropout(F.relu(out, inplace=True)).permute(0, 2, 3, 1)
+        return F.linear(out, self.linear_pred.weight.flatten(1), self.linear_pred.bias).permute(0, 3, 1, 2)
 
     def _fused_weights(self) -> tuple[list[Tensor], Tensor]:
         """Per stage, finest first, the (D, C_i) product of the head's two matrices; and one bias (D,) for all.
 
-        Resizing leaves a constant as it is, so the stages' biases add up. In evaluation BatchNorm is folded in.
+        Resizing leaves a constant as it is, so the stages' biases add up, and the coarsest map can bring the sum. In evaluation BatchNorm is folded in.
         """
         bn = self.linear_fuse.bn
         device = bn.weight.device.type
