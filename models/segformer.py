@@ -85,10 +85,14 @@ class SegFormer(PyramidTransformer):
         bn = self.linear_fuse.bn
         weights, bias = self._fused_weights()
         size = features[0].shape[-2:]
-        out = F.linear(features[0].permute(0, 2, 3, 1), weights[0]).permute(0, 3, 1, 2)  # (B, D, h_1, w_1)
-        for i in (1, 2, 3):
-            y = F.linear(features[i].permute(0, 2, 3, 1), weights[i], bias if i == 3 else None)  # (B, h_i, w_i, D)
-            out += F.interpolate(y.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=False)
+
+        def stage(i: int, bias: Tensor | None = None) -> Tensor:
+            y = F.linear(features[i].permute(0, 2, 3, 1), weights[i], bias).permute(0, 3, 1, 2)  # (B, D, h_i, w_i)
+            return y if i == 0 else F.interpolate(y, size, mode="bilinear", align_corners=False)
+
+        out = stage(3, bias)
+        for i in (2, 1, 0):
+            out += stage(i)
         if self.training:
             out = bn(out)
         out = self.dropout(F.relu(out, inplace=True)).permute(0, 2, 3, 1)
