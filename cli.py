@@ -1,9 +1,11 @@
 """What every command shares: typed flags, one clear line for a user's mistake, the device, whole files."""
 
+import io
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +26,7 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
     code 2, an interrupt in exit code 130. Anything else is a bug of ours and keeps its traceback.
     """
     try:
-        main(tyro.cli(options, description=sys.modules[main.__module__].__doc__))
+        main(_parse(options, sys.modules[main.__module__].__doc__))
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes one tells
             print(f"error: {error}", file=sys.stderr)
@@ -35,6 +37,20 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _parse(options: type[T], manual: str | None) -> T:
+    """The command line as `options`; a mistake in it becomes one line instead of tyro's box."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(options, description=manual)
+    except SystemExit as end:
+        if not end.code:
+            raise  # --help
+        title, *text = (line.strip("╭─╮│╰╯ ") for line in box.getvalue().splitlines())
+        told = " ".join(line for line in itertools.takewhile(lambda line: "full helptext" not in line, text) if line)
+        raise UserError(f"{title.lower()}: {told} (--help shows all flags)") from None
 
 
 def find_device(name: str) -> torch.device:

@@ -101,7 +101,8 @@ class SegFormer(PyramidTransformer):
     def _fused_weights(self) -> tuple[list[Tensor], Tensor]:
         """Per stage, finest first, the (D, C_i) product of the head's two matrices; and one bias (D,) for all.
 
-        Resizing leaves a constant as it is, so the stages' biases add up, and the coarsest map can bring the sum. In evaluation BatchNorm is folded in.
+        Resizing leaves a constant as it is, so the stages' biases add up, and the coarsest map can bring the sum.
+        In evaluation BatchNorm is folded in.
         """
         bn = self.linear_fuse.bn
         device = bn.weight.device.type

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cli import UserError
 from models.distillation.csf import CrossSelectiveFusion
 from models.distillation.losses import cross_entropy, embedding_loss, hierarchical_context_loss
 from models.distillation.pea import PatchEmbeddingAlignment
@@ -31,6 +32,9 @@ class Distiller(nn.Module):
         feature_loss: between the fused features and the teacher's; `feature_loss_name` is its name in the logs.
         feature_weight: its weight.
         embed_weights: w_i of the aligned stages, in their order.
+
+    Raises:
+        UserError: the teacher is narrower than the student.
     """
 
     class_weights: Tensor
@@ -49,6 +53,10 @@ class Distiller(nn.Module):
         embed_weights: Sequence[float] = (0.1, 0.1, 0.5, 1.0),
     ) -> None:
         super().__init__()
+        if teacher is not None and any(t < s for s, t in zip(student.channels, teacher.channels, strict=True)):
+            raise UserError(
+                f"the teacher {teacher.name} is narrower than the student {student.name}; choose a wider one"
+            )
         self.student, self.fusion, self.alignment = student, fusion, alignment
         self.feature_loss, self.feature_loss_name = feature_loss, feature_loss_name
         self.feature_weight, self.embed_weights = feature_weight, tuple(embed_weights)
