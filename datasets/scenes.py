@@ -147,7 +147,10 @@ class SceneDataset(Dataset[Item]):
         """Hash of the samples' names and sizes in bytes: says whether data that moved is still the same data."""
         digest = hashlib.sha256()
         for sample in self.samples:
-            sizes = [path.stat().st_size for path in (sample.image, sample.label) if path]
+            try:
+                sizes = [path.stat().st_size for path in (sample.image, sample.label) if path]
+            except OSError as error:
+                raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
             digest.update(f"{sample.name} {sizes}\n".encode())
         return digest.hexdigest()[:20]
 

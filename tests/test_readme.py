@@ -13,7 +13,8 @@ from tests.conftest import ROOT, Command
 
 README = (ROOT / "README.md").read_text()
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
-COMMANDS = [line.split("#")[0].strip() for line in BASH.splitlines() if line.startswith("python ")]
+COMMANDS = [line.split("#")[0].strip() for line in BASH.splitlines() if line.startswith(("python ", "torchrun "))]
+COMMANDS += [f"python {words}" for words in re.findall(r"`python (-m [^`]*)`", README)]
 TRAINING = ("--height", 64, "--num-workers", 0, "--batch-size", 2, "--max-steps", 1, "--no-tensorboard")
 EVALUATION = ("--height", 64, "--num-workers", 0)
 
@@ -40,12 +41,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_commands(checkout: Path, command: Command, scenes: Path, weathers: Path) -> None:
-    assert len(COMMANDS) >= 10
+    assert len(COMMANDS) >= 14
     for line in COMMANDS:
-        _, *words = line.split()
+        program, *words = line.split()
+        if program == "torchrun":
+            words = ["-m", "torch.distributed.run", *words]
         data = weathers if "ACDC" in line.split("--weights")[0] else scenes
         words = [str(data) if word == "DIR" else word for word in words]
-        more = TRAINING if words[0].startswith("train/") else EVALUATION if words[0].startswith("eval/") else ()
+        more = TRAINING if "train/" in line else EVALUATION if "eval/" in line else ()
         done = command(*words, *more, cwd=checkout)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert len(list((checkout / "colour" / "leftImg8bit").rglob("*.png"))) == 4
