@@ -31,8 +31,11 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
         if os.environ.get("RANK", "0") == "0":  # of several processes one tells
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        print(f"error: out of memory ({str(error).splitlines()[0]}); lower --batch-size or --height", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        # torch has an exception of its own for a GPU's memory, and none for the host's
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print("error: out of memory; lower --batch-size or --height, or split batches by --accumulate", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

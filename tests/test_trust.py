@@ -216,3 +216,12 @@ def test_label_of_another_size(command: Command, tmp_path: Path) -> None:
     Image.open(label).resize((32, 16)).save(label)
     done = command(*RUN, "--datadir", tmp_path / "data", "--output-dir", tmp_path / "run")
     assert done.returncode == 2 and label.name in done.stderr.splitlines()[-1]
+
+
+def test_out_of_memory(command: Command) -> None:
+    script = (
+        "import cli, torch\nfrom dataclasses import dataclass\n@dataclass\nclass O: pass\n"
+        "def main(options): torch.empty(10**15)\ncli.run(main, O)"
+    )
+    done = command("-c", script)
+    assert done.returncode == 2 and "--batch-size" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,93 @@
+"""Promises of a segmentation model that no golden number states."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cli import UserError
+from datasets.classes import CITYSCAPES
+from models import create_model
+from models.distillation import Distiller
+
+MODEL = create_model("segformer_b0").eval()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(32, 130), st.integers(32, 130))
+def test_any_image_size(height: int, width: int) -> None:
+    with torch.inference_mode():
+        out = MODEL(torch.rand(1, 3, height, width))
+    assert out.logits.shape == (1, 20, -(-height // 4), -(-width // 4))
+    for i, (feature, embedding) in enumerate(zip(out.features, out.embeddings, strict=True)):
+        stride = 4 * 2**i
+        h, w = -(-height // stride), -(-width // stride)
+        assert feature.shape == (1, MODEL.channels[i], h, w)
+        assert embedding.shape == (1, h * w, MODEL.channels[i])
+
+
+def test_logits_can_be_left_out() -> None:
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        whole, without = MODEL(images), MODEL(images, logits=False)
+    assert without.logits is None
+    assert all(torch.equal(a, b) for a, b in zip(whole.features, without.features, strict=True))
+
+
+def test_a_batch_is_its_images() -> None:
+    """In evaluation an image's prediction does not depend on its neighbours."""
+    images = torch.rand(3, 3, 64, 96)
+    with torch.inference_mode():
+        together, apart = MODEL(images).logits, torch.cat([MODEL(image[None]).logits for image in images])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+
+
+def test_the_teacher_is_only_held() -> None:
+    """It moves with the distiller, and is neither trained nor saved, nor put into training mode."""
+    teacher = create_model("segformer_b1")
+    distiller = Distiller(create_model("segformer_b0"), CITYSCAPES.weights, teacher=teacher).double().train()
+    assert next(teacher.parameters()).dtype == torch.float64
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert not any(key.startswith("teacher") for key in distiller.state_dict())
+    assert sum(p.numel() for p in distiller.parameters()) == 3_719_284
+
+
+def test_narrow_teacher() -> None:
+    with pytest.raises(UserError, match="segformer_b0 is narrower than the student segformer_b2"):
+        Distiller(create_model("segformer_b2"), None, teacher=create_model("segformer_b0"))
+
+
+def test_unknown_model() -> None:
+    with pytest.raises(UserError, match="segformer_b2"):
+        create_model("segformer_b9")
+
+
+def test_a_batch_without_labels_costs_nothing() -> None:
+    """All ignored: the loss is 0, not NaN, and so are the gradients."""
+    distiller = Distiller(create_model("segformer_b0"), CITYSCAPES.weights)
+    loss = distiller(torch.rand(1, 3, 64, 64), torch.full((1, 16, 16), 19))["ce"]
+    loss.backward()
+    assert loss.item() == 0
+    assert all(torch.isfinite(p.grad).all() for p in distiller.parameters() if p.grad is not None)
+
+
+def test_mixed_precision_keeps_losses_in_float32() -> None:
+    student, teacher = create_model("segformer_b0"), create_model("segformer_b1")
+    from models.distillation import CrossSelectiveFusion, PatchEmbeddingAlignment
+
+    channels = student.channels, teacher.channels
+    distiller = Distiller(
+        student,
+        CITYSCAPES.weights,
+        teacher=teacher,
+        fusion=CrossSelectiveFusion(*channels),
+        alignment=PatchEmbeddingAlignment(*channels),
+    ).eval()
+    images, labels = torch.rand(2, 3, 64, 64), torch.randint(0, 19, (2, 16, 16))
+    with torch.no_grad():
+        exact = distiller(images, labels)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = distiller(images, labels)
+    for name, loss in rounded.items():
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(exact[name].item(), rel=0.03), name
