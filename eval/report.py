@@ -106,6 +106,7 @@ def write_report(
         ("Conditions", conditions_table(evaluations)),
         ("Pictures", "".join(figure(picture) for picture in pictures)),
         ("Options that differ", options_table(runs)),
+        ("Made with", provenance_table(runs)),
     ]
     path = Path(path)
     try:
@@ -215,6 +216,20 @@ def options_table(runs: Sequence[Run]) -> str:
         if any(value != values[0] for value in values):
             rows.append([escape(key), *(escape("" if v is None else str(v)) for v in values)])
     return table(["option", *(escape(one.name) for one in runs)], rows) if rows else ""
+
+
+def provenance_table(runs: Sequence[Run]) -> str:
+    """What each run was last started with: versions, device, revision of the code, data."""
+    rows = []
+    for one in runs:
+        begin = one.last("start")
+        if begin is None:
+            continue
+        versions = ", ".join(f"{name} {version}" for name, version in begin["versions"].items())
+        device = f"{begin['device']}, {begin['threads']} threads"
+        cells = (one.name, versions, device, begin["revision"] or "", one.options.get("data", ""))
+        rows.append([escape(str(cell)) for cell in cells])
+    return table(["run", "versions", "device", "revision", "data"], rows) if rows else ""
 
 
 @dataclass

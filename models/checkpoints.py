@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cli import UserError, writing
 from models.factory import MODELS, create_model
-from models.segformer import CONFIGS, SegFormer
+from models.base import SegmentationModel
+from models.segformer import CONFIGS
 
 State = dict[str, Tensor]
 
@@ -173,7 +174,7 @@ def recognise(state: State) -> str | None:
     return None
 
 
-def load_model(path: Path | str) -> SegFormer:
+def load_model(path: Path | str) -> SegmentationModel:
     """The bare network from any recognised checkpoint, distilled or not, in eval mode.
 
     Raises:
@@ -193,7 +194,7 @@ def load_model(path: Path | str) -> SegFormer:
     return model.eval()
 
 
-def load_weights(model: SegFormer, path: Path | str) -> None:
+def load_weights(model: SegmentationModel, path: Path | str) -> None:
     """Load a whole network, decode head included, into `model`.
 
     Raises:
@@ -202,7 +203,7 @@ def load_weights(model: SegFormer, path: Path | str) -> None:
     _load(model, read_network(path), path)
 
 
-def load_backbone(model: SegFormer, path: Path | str) -> bool:
+def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
     """Start `model` from a checkpoint: an ImageNet encoder (its classifier is dropped) or a whole network.
 
     Returns:
@@ -221,7 +222,7 @@ def load_backbone(model: SegFormer, path: Path | str) -> bool:
     return False
 
 
-def save_model(model: SegFormer, path: Path, **facts: Any) -> None:
+def save_model(model: SegmentationModel, path: Path, **facts: Any) -> None:
     """Write the bare network as safetensors, whole or not at all; `facts` go into its metadata as JSON."""
     metadata = {
         "format": "pt",
@@ -234,7 +235,7 @@ def save_model(model: SegFormer, path: Path, **facts: Any) -> None:
         aside.write_bytes(save(state, metadata))
 
 
-def _load(model: SegFormer, state: State, path: Path | str) -> None:
+def _load(model: SegmentationModel, state: State, path: Path | str) -> None:
     wanted = model.state_dict()
     missing = [key for key in wanted if key not in state]
     unknown = [key for key in state if key not in wanted]

@@ -4,16 +4,19 @@ from collections.abc import Callable
 from functools import partial
 
 from cli import UserError
-from models import segformer
+from models import pvtv2, segformer
+from models.base import SegmentationModel
+from models.pvtv2 import PVTv2
 from models.segformer import SegFormer
 
-BUILDERS: dict[str, Callable[..., SegFormer]] = {
+BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
     **{name: partial(SegFormer, name) for name in segformer.CONFIGS},
+    **{name: partial(PVTv2, name) for name in pvtv2.CONFIGS},
 }
 MODELS = tuple(BUILDERS)
 
 
-def create_model(name: str, num_classes: int = 20, *, drop_path_rate: float = 0.1, dropout: float = 0.1) -> SegFormer:
+def create_model(name: str, num_classes: int = 20, *, drop_path_rate: float = 0.1, dropout: float = 0.1) -> SegmentationModel:
     """A freshly initialised model; its output has `.logits`, `.features`, `.embeddings`.
 
     Args:

@@ -4,12 +4,12 @@ As in the published TransKD code the network takes RGB in [0, 1] and predicts at
 """
 
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.base import SegmentationModel
 from models.pyramid import PyramidConfig, PyramidTransformer
 
 CONFIGS: dict[str, tuple[PyramidConfig, int]] = {  # encoder, width D of the decode head
@@ -20,14 +20,6 @@ CONFIGS: dict[str, tuple[PyramidConfig, int]] = {  # encoder, width D of the dec
     "segformer_b4": (PyramidConfig((64, 128, 320, 512), (3, 8, 27, 3)), 768),
     "segformer_b5": (PyramidConfig((64, 128, 320, 512), (3, 6, 40, 3)), 768),
 }
-
-
-class SegmentationOutput(NamedTuple):
-    """What every segmentation model of this project returns."""
-
-    logits: Tensor | None  # (B, classes, ceil(H/4), ceil(W/4)); None when they were not asked for
-    features: tuple[Tensor, ...]  # F1..F4, (B, C_i, h_i, w_i)
-    embeddings: tuple[Tensor, ...]  # E1..E4, (B, h_i·w_i, C_i)
 
 
 class StageProjection(nn.Module):
@@ -48,30 +40,16 @@ class Fuse(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
 
-class SegFormer(PyramidTransformer):
-    """SegFormer; parameters are named as in the published checkpoints."""
+class AllMLPHead(SegmentationModel):
+    """The part of a model that is SegFormer's decode head; its layers lie beside the encoder's, as published."""
 
-    def __init__(self, name: str, num_classes: int = 20, *, drop_path_rate: float = 0.1, dropout: float = 0.1) -> None:
-        config, width = CONFIGS[name]
-        super().__init__(config, drop_path_rate)
-        self.name, self.num_classes, self.channels = name, num_classes, config.channels
+    def add_head(self, channels: tuple[int, ...], width: int, num_classes: int, dropout: float) -> None:
+        """Build the layers for stages of these channels; `width` is D, `dropout` of whole channels."""
         for i in range(4, 0, -1):
-            setattr(
-                self,
-                f"linear_c{i}",
-                StageProjection(config.channels[i - 1], width),
-            )
+            setattr(self, f"linear_c{i}", StageProjection(channels[i - 1], width))
         self.linear_fuse = Fuse(width)
         self.dropout = nn.Dropout2d(dropout)
         self.linear_pred = nn.Conv2d(width, num_classes, 1)
-
-    def forward(self, images: Tensor, logits: bool = True) -> SegmentationOutput:
-        """Images (B, 3, H, W), RGB in [0, 1], any size -> logits, features, embeddings.
-
-        With `logits=False` the decode head does not run: a teacher's logits enter no loss of TransKD.
-        """
-        features, embeddings = self.encode(images)
-        return SegmentationOutput(self.decode(features) if logits else None, features, embeddings)
 
     def decode(self, features: tuple[Tensor, ...]) -> Tensor:
         """F1..F4 -> logits (B, classes, h_1, w_1).
@@ -120,3 +98,13 @@ class SegFormer(PyramidTransformer):
                 weights.append(part @ linear.weight)
                 bias = bias + part @ linear.bias
         return weights, bias
+
+
+class SegFormer(PyramidTransformer, AllMLPHead):
+    """SegFormer; parameters are named as in the published checkpoints."""
+
+    def __init__(self, name: str, num_classes: int = 20, *, drop_path_rate: float = 0.1, dropout: float = 0.1) -> None:
+        config, width = CONFIGS[name]
+        super().__init__(config, drop_path_rate)
+        self.name, self.num_classes, self.channels = name, num_classes, config.channels
+        self.add_head(config.channels, width, num_classes, dropout)

@@ -11,10 +11,9 @@ from typing import Any, ClassVar, Literal
 
 from cli import UserError
 from datasets import Augmentation
-from models import create_model, load_backbone, load_weights
+from models import SegmentationModel, create_model, load_backbone, load_weights
 from models.distillation.losses import FEATURE_LOSSES
 from models.factory import MODELS
-from models.segformer import SegFormer
 
 ROOT = Path(__file__).resolve().parents[1]
 MIN_HEIGHT = 64  # below this stage 4 has a single row and BatchNorm has nothing to normalise
@@ -132,7 +131,7 @@ class TrainingOptions:
         if not self.lr > 0:
             raise UserError(f"--lr is {self.lr}; it must be positive")
 
-    def new_model(self, name: str, num_classes: int) -> SegFormer:
+    def new_model(self, name: str, num_classes: int) -> SegmentationModel:
         """The network that is to learn, from random weights."""
         return create_model(name, num_classes, drop_path_rate=self.drop_path_rate, dropout=self.dropout)
 
@@ -202,11 +201,11 @@ class DistillationOptions(TrainingOptions):
             "embed_weights": self.embed_weights if self.embed == 5 else (1.0,) * len(self.stages),
         }
 
-    def student(self, num_classes: int) -> SegFormer:
+    def student(self, num_classes: int) -> SegmentationModel:
         """The student as it starts. Built first, so that one seed gives every method the same student."""
         return new_student(self, num_classes)
 
-    def teacher(self, num_classes: int) -> SegFormer:
+    def teacher(self, num_classes: int) -> SegmentationModel:
         """The trained teacher.
 
         Raises:
@@ -223,9 +222,9 @@ class DistillationOptions(TrainingOptions):
         return teacher
 
 
-def new_student(options: Any, num_classes: int) -> SegFormer:
+def new_student(options: Any, num_classes: int) -> SegmentationModel:
     """A student from scratch, or from the weights that the options name."""
-    model: SegFormer = options.new_model(options.student_model, num_classes)
+    model: SegmentationModel = options.new_model(options.student_model, num_classes)
     path = options.student_weights
     if path is None and options.student_pretrained:
         path = pretrained_path(options.student_model)

@@ -10,7 +10,7 @@ from cli import UserError
 from models.distillation.csf import CrossSelectiveFusion
 from models.distillation.losses import cross_entropy, embedding_loss, hierarchical_context_loss
 from models.distillation.pea import PatchEmbeddingAlignment
-from models.segformer import SegFormer, SegmentationOutput
+from models.base import SegmentationModel, SegmentationOutput
 
 FeatureLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
@@ -41,10 +41,10 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        student: SegFormer,
+        student: SegmentationModel,
         class_weights: Sequence[float] | None,
         *,
-        teacher: SegFormer | None = None,
+        teacher: SegmentationModel | None = None,
         fusion: CrossSelectiveFusion | None = None,
         alignment: PatchEmbeddingAlignment | None = None,
         feature_loss: FeatureLoss = hierarchical_context_loss,
@@ -65,7 +65,7 @@ class Distiller(nn.Module):
         # Not a submodule: it is neither trained nor saved nor counted.
         object.__setattr__(self, "teacher", teacher and teacher.eval().requires_grad_(False))
 
-    teacher: SegFormer | None
+    teacher: SegmentationModel | None
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One training step's losses by name, weighted: their sum is the total.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.distillation.pea import ALL_STAGES, PatchEmbeddingAlignment
 from models.pyramid import init_weights, patch_embeddings
-from models.segformer import SegmentationOutput
+from models.base import SegmentationOutput
 
 
 class EmbeddingAssistant(PatchEmbeddingAlignment):

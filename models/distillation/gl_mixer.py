@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.distillation.pea import ALL_STAGES, PatchEmbeddingAlignment
-from models.segformer import SegmentationOutput
+from models.base import SegmentationOutput
 
 
 class SelfAttention(nn.Module):

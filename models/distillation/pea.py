@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from models.segformer import SegmentationOutput
+from models.base import SegmentationOutput
 
 ALL_STAGES = (1, 2, 3, 4)
 

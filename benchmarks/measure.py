@@ -1,0 +1,124 @@
+"""Times taken in turn, peaks of memory each in a process of its own, and the machine in words."""
+
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is."""
+
+    height: int  # of the network's input; its width is twice that
+    pixels: int  # height of photographs, label maps and colours; their width is twice that
+    repeats: int  # of a training step; shorter things are repeated more often
+    batch: int = 2
+
+
+FULL = Sizes(height=512, pixels=1024, repeats=3)
+QUICK = Sizes(height=64, pixels=128, repeats=1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. A row without numbers says in `note` why."""
+
+    name: str
+    other: str  # whom ours is compared with
+    what: Literal["time", "memory"] = "time"
+    ours: tuple[float, ...] = ()  # seconds or bytes, every repetition
+    theirs: tuple[float, ...] = ()
+    target: float | None = None  # "time": theirs / ours at least; "memory": ours / theirs at most
+    items: int = 1  # images, say, that one repetition handles; 0: not counted
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times faster ours is; or the share of the memory that ours takes."""
+        if not self.ours or not self.theirs:
+            return None
+        ours, theirs = median(self.ours), median(self.theirs)
+        return theirs / ours if self.what == "time" else ours / theirs
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the target is."""
+        if self.ratio is None or self.target is None:
+            return None
+        return self.ratio >= self.target if self.what == "time" else self.ratio <= self.target
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields, with the medians' ratio."""
+        return asdict(self) | {"ratio": self.ratio, "reached": self.reached}
+
+
+def in_turn(ours: Run, theirs: Run, repeats: int) -> dict[str, tuple[float, ...]]:
+    """Seconds of each, `repeats` times ours, theirs, ours, theirs …, after one round that doesn't count."""
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(repeats + 1):
+        for name, run in (("ours", ours), ("theirs", theirs)):
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: tuple(seconds[1:]) for name, seconds in times.items()}
+
+
+def peak_memory(build: Callable[[Sizes], Run], sizes: Sizes) -> tuple[float, ...]:
+    """Bytes by which the resident memory of a fresh process rises while it builds something and runs it twice.
+
+    Returns an empty tuple where the system doesn't tell (anywhere but on Linux).
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.cases"])
+    with ProcessPoolExecutor(1, mp_context=context) as fresh:
+        growth = fresh.submit(_growth, build, sizes, torch.get_num_threads()).result()
+    return () if growth is None else (growth,)
+
+
+def _growth(build: Callable[[Sizes], Run], sizes: Sizes, threads: int) -> int | None:
+    torch.set_num_threads(threads)
+    build(QUICK)()  # loads the libraries' code, which is nobody's share
+    before = _resident("VmRSS")
+    run = build(sizes)
+    for _ in range(2):  # the optimizer's state is there from the second step on
+        run()
+    peak = _resident("VmHWM")
+    return None if before is None or peak is None else peak - before
+
+
+def _resident(key: str) -> int | None:
+    """Bytes; VmRSS is the present size, VmHWM the highest so far."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on, with the rates that bound them: matrix products and copying."""
+    a, b = torch.rand(2, 1536, 1536)
+    source, target = torch.rand(2, 2**24)
+    seconds = in_turn(lambda: a @ b, lambda: target.copy_(source), 7)
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return {
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "gemm_gflops": round(2 * 1536**3 / median(seconds["ours"]) / 1e9),
+        "copy_gb_per_second": round(2 * source.nbytes / median(seconds["theirs"]) / 1e9, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

@@ -1,0 +1,116 @@
+"""The other side of the table: what the published code computes, as it computes it, and other libraries' SegFormers.
+
+The networks are Hugging Face's: heads that resize, concatenate and then convolve, attention with an explicit
+softmax or, as a peer, through `scaled_dot_product_attention`. Their weights are converted from ours.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from models.checkpoints import to_huggingface
+from models.distillation import Distiller
+from models.distillation.losses import cross_entropy
+from models.segformer import CONFIGS, SegFormer, SegmentationOutput
+
+
+class HuggingFaceSegFormer(nn.Module):
+    """Hugging Face's SegFormer with the weights, the LayerNorm eps and the outputs of one of ours.
+
+    Args:
+        attention: "eager" for the explicit softmax of the published code, or "sdpa".
+    """
+
+    def __init__(self, ours: SegFormer, attention: str) -> None:
+        from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+        super().__init__()
+        encoder, width = CONFIGS[ours.name]
+        config = SegformerConfig(
+            hidden_sizes=list(encoder.channels),
+            depths=list(encoder.depths),
+            num_attention_heads=list(encoder.heads),
+            sr_ratios=list(encoder.sr_ratios),
+            mlp_ratios=list(encoder.mlp_ratios),
+            decoder_hidden_size=width,
+            num_labels=ours.num_classes,
+        )
+        self.net: Any = SegformerForSemanticSegmentation.from_pretrained(
+            None, config=config, state_dict=to_huggingface(ours.state_dict()), attn_implementation=attention
+        )
+        for name, module in self.net.named_modules():
+            if isinstance(module, nn.LayerNorm) and "patch_embeddings" not in name and "reduction" not in name:
+                module.eps = 1e-6  # theirs is 1e-5 everywhere
+        self.embeddings: list[Tensor] = []
+        for stage in self.net.segformer.stages:
+            stage.patch_embeddings.register_forward_hook(lambda *call: self.embeddings.append(call[-1][0]))
+        self.train(ours.training)
+
+    def forward(self, images: Tensor) -> SegmentationOutput:
+        """As ours, the head always included."""
+        output = self.net(images, output_hidden_states=True)
+        embeddings, self.embeddings = tuple(self.embeddings), []
+        return SegmentationOutput(output.logits, output.hidden_states, embeddings)
+
+
+def published_step(distiller: Distiller, optimizer: Optimizer, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """One training step: autograd records the teacher, whose head runs too, and both outputs live to the step's end."""
+    optimizer.zero_grad()
+    teacher: Any = distiller.teacher
+    target = teacher(images)
+    student = distiller.student(images)
+    fixed = SegmentationOutput(None, *(tuple(x.detach() for x in maps) for maps in target[1:]))
+    losses = {"ce": cross_entropy(student.logits, labels, distiller.class_weights)}
+    losses |= distiller.distillation_losses(images, student, fixed)
+    torch.stack(list(losses.values())).sum().backward()
+    optimizer.step()
+    return losses
+
+
+def one_hot_counts(prediction: Tensor, labels: Tensor, num_outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """tp, fp and fn (n,) of two maps (B, H, W) of int64 by products of their one-hot maps; the last index is ignored."""
+    n = num_outputs - 1
+    shape = (len(labels), num_outputs, *labels.shape[1:])
+    p, t = (torch.zeros(shape).scatter_(1, indices[:, None], 1) for indices in (prediction, labels))
+    p, t, counted = p[:, :n], t[:, :n], 1 - t[:, n:]
+    tp, fp, fn = ((product).sum((0, 2, 3)) for product in (p * t, p * (counted - t), (1 - p) * t))
+    return tp, fp, fn
+
+
+def colour_by_loop(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> Image.Image:
+    """Class indices (H, W) to RGB: for every class a mask, and for every channel an assignment through it."""
+    indices = torch.from_numpy(labels)
+    out = torch.zeros(3, *labels.shape, dtype=torch.uint8)
+    for index, colour in enumerate(palette):
+        mask = indices == index
+        for channel, value in enumerate(colour):
+            out[channel][mask] = int(value)
+    return Image.fromarray(out.permute(1, 2, 0).contiguous().numpy())
+
+
+def read_sample(image: Path, label: Path, height: int, ignore: int) -> tuple[Tensor, Tensor]:
+    """Decode a photograph and its train ids, resize to `height` and to a quarter of it, 255 becomes `ignore`."""
+    photograph = Image.open(image).convert("RGB")
+    width = int(height * photograph.width / photograph.height)
+    pixels = np.array(photograph.resize((width, height), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    ids = np.array(Image.open(label).resize((int(width / 4 + 0.5), int(height / 4 + 0.5)), Image.Resampling.NEAREST))
+    ids[ids == 255] = ignore
+    return torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(ids)
+
+
+def smp_segformer(num_classes: int) -> nn.Module:
+    """segmentation_models_pytorch's SegFormer-B0. Raises ImportError or RuntimeError where it can't be imported."""
+    try:
+        import segmentation_models_pytorch as smp
+    except RuntimeError:  # torchvision looks for operators that its CUDA build doesn't bring along on a CPU
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import segmentation_models_pytorch as smp
+    return smp.Segformer("mit_b0", encoder_weights=None, classes=num_classes)
