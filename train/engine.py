@@ -194,6 +194,7 @@ def train(distiller: Distiller, data: tuple[SceneDataset, SceneDataset], options
                         f"step {state.step}/{total_steps}: val mIoU {score:.2%}, best {state.best:.2%}"
                         + (" *" if best else "")
                     )
+                    tracker.pictures(distiller.student, val_set)
                     keep_network("", score)
                     save()
                     if best:

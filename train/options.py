@@ -85,6 +85,10 @@ class TrainingOptions:
     """Log the losses every N steps."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run's folder."""
+    visualize: bool = False
+    """Show losses, val mIoU and pictures live in visdom."""
+    port: int = 8097
+    """Port of the visdom server on this machine."""
     override: bool = False
     """With --resume: insist on options that change what the run computes."""
 

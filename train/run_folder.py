@@ -23,7 +23,7 @@ from train.options import ROOT, TrainingOptions
 
 FREE = (
     "output_dir", "resume", "override", "datadir", "cache", "num_workers", "num_epochs", "max_steps", "device",
-    "validate_every", "validate_teacher", "save_every", "steps_loss", "tensorboard",
+    "validate_every", "validate_teacher", "save_every", "steps_loss", "tensorboard", "visualize", "port",
 )  # fmt: skip
 """Options that a resumed run may change: they don't change what is computed (moved data is recognised by content)."""
 

@@ -1,4 +1,4 @@
-"""What a run tells the world: a progress line, metrics.jsonl, TensorBoard."""
+"""What a run tells the world: a progress line, metrics.jsonl, TensorBoard, visdom."""
 
 import json
 import math
@@ -6,11 +6,16 @@ import sys
 import time
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from torch import Tensor
+from torch import Tensor, nn
 
+from datasets import SceneDataset
+from datasets.transforms import to_float
+from eval.rendering import colorize
+from train.dashboard import Dashboard
 from train.distributed import Ranks
 from train.options import TrainingOptions
 
@@ -52,6 +57,7 @@ class Tracker:
         self.last_line = 0.0
         self.file: TextIO | None = None
         self.writer: Any = None
+        self.dashboard: Dashboard | None = None
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(20), console=CONSOLE, transient=True)
         self.task: TaskID | None = None
         if ranks.first:
@@ -59,6 +65,8 @@ class Tracker:
             kept = _records_until(path.read_text() if path.exists() else "", start_step)
             path.write_text(kept)
             self.file = path.open("a", buffering=1)
+            if options.visualize:
+                self.dashboard = Dashboard(options.run_dir.name, options.port)
             if options.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -110,6 +118,9 @@ class Tracker:
             for name, value in means.items():
                 self.writer.add_scalar(f"loss/{name}", value, self.step)
             self.writer.add_scalar("lr", lr, self.step)
+        if self.dashboard is not None:
+            for name, value in means.items():
+                self.dashboard.curve("losses", name, self.step, value)
         self._show(epoch, lr, means, now)
         self.pending, self.clock = [], now
 
@@ -129,7 +140,26 @@ class Tracker:
         self.record(event, epoch, **scores)
         if self.writer is not None and event == "val" and scores["mean_iou"] is not None:
             self.writer.add_scalar("mIoU/val", scores["mean_iou"], self.step)
+        if self.dashboard is not None and scores["mean_iou"] is not None:
+            self.dashboard.curve("mIoU", event, self.step, scores["mean_iou"])
         self.clock = time.perf_counter()  # the rate is that of training alone
+
+    def pictures(self, model: nn.Module, dataset: SceneDataset) -> None:
+        """Show the first validation image, its prediction and its target."""
+        if self.writer is None and self.dashboard is None:
+            return
+        item = dataset[0]
+        with torch.inference_mode():
+            logits = model.eval()(to_float(item.image[None].to(self.device))).logits[0]
+        for window, picture in {
+            "input": item.image.permute(1, 2, 0).numpy(),
+            "prediction": np.asarray(colorize(logits.argmax(0).cpu().numpy(), dataset.classes)),
+            "target": np.asarray(colorize(item.label.numpy(), dataset.classes)),
+        }.items():
+            if self.writer is not None:
+                self.writer.add_image(window, picture, self.step, dataformats="HWC")
+            if self.dashboard is not None:
+                self.dashboard.picture(window, picture)
 
     def record(self, event: str, epoch: int, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
