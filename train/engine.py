@@ -32,6 +32,8 @@ from train.options import TrainingOptions
 from train.run_folder import RunFolder, load_checkpoint, provenance
 from train.tracking import NotFiniteError, Tracker
 
+AGREE_EVERY = 10  # steps between which several processes don't ask each other whether to stop or to save
+
 
 @dataclass
 class State:
@@ -169,7 +171,11 @@ def train(distiller: Distiller, data: tuple[SceneDataset, SceneDataset], options
                     state.step += 1
                     state.batch += 1
                     tracker.stepped(state.epoch, lr)
-                    if state.step >= total_steps or ranks.any(interrupt.signal is not None):
+                    if state.step >= total_steps:
+                        break
+                    if ranks.world_size > 1 and state.step % AGREE_EVERY:
+                        continue
+                    if ranks.any(interrupt.signal is not None):
                         break
                     if ranks.any(time.monotonic() - saved > 60 * options.save_every):
                         tracker.flush(state.epoch, lr)
