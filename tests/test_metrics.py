@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from datasets.classes import CITYSCAPES
 from eval.metrics import ConfusionMatrix, percent
@@ -108,3 +110,18 @@ def test_a_label_outside_the_classes_is_no_silent_count() -> None:
 @pytest.mark.parametrize(("fraction", "text"), [(0.68576, "68.58"), (0.0, "0.00"), (None, "–")])
 def test_percent(fraction: float | None, text: str) -> None:
     assert percent(fraction) == text
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.sets(st.integers(0, 19), min_size=1))
+def test_iou_equals_a_naive_count(seed: int, height: int, width: int, occurring: set[int]) -> None:
+    """Pixel by pixel, for any size and any set of classes."""
+    rng = np.random.default_rng(seed)
+    truth, prediction = rng.choice(sorted(occurring), (2, 1, height, width))
+    matrix = ConfusionMatrix(CITYSCAPES)
+    matrix.update(torch.from_numpy(prediction), torch.from_numpy(truth))
+    for k in range(19):
+        counted = [(t, p) for t, p in zip(truth.ravel(), prediction.ravel(), strict=True) if t != 19]
+        both = sum(t == p == k for t, p in counted)
+        either = sum(k in (t, p) for t, p in counted)
+        assert matrix.iou[k].item() == pytest.approx(both / either if either else float("nan"), nan_ok=True)
