@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli import UserError
-from datasets import acdc, cityscapes
+from datasets import acdc, cityscapes, nyuv2, voc2012
 from datasets.cache import default_cache_dir
 from datasets.classes import CITYSCAPES, Classes
 from datasets.loading import Batch, evaluation_batches, training_batches
@@ -36,7 +36,9 @@ __all__ = [
     "training_batches",
 ]
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (cityscapes.LAYOUT, acdc.LAYOUT)}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (cityscapes.LAYOUT, acdc.LAYOUT, nyuv2.LAYOUT, voc2012.LAYOUT)
+}
 DATASETS = tuple(LAYOUTS)
 
 

@@ -93,3 +93,48 @@ CITYSCAPES = Classes(
     ignored_label_ids=(0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30, 255),
 )
 CITYSCAPES.palette.setflags(write=False)
+
+
+def colormap(count: int) -> np.ndarray:
+    """(count, 3) uint8, the colours of Pascal VOC: the bits of the class's number, dealt to red, green and blue."""
+    index = np.arange(count)
+    colours = np.zeros((count, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((index >> (3 * bit + channel)) & 1).astype(np.uint8) << (7 - bit)
+    return colours
+
+
+# Everingham et al., The Pascal Visual Object Classes Challenge (IJCV 2010). Background is a class like the others.
+_VOC = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+VOC2012 = Classes(
+    name="VOC 2012",
+    names=_VOC,
+    palette=np.concatenate([colormap(21), np.zeros((1, 3), np.uint8)]),
+    weights=None,
+    label_ids=(*range(21), 255),
+    ignored_label_ids=(255,),
+)
+
+# Silberman et al., Indoor Segmentation and Support Inference from RGBD Images (ECCV 2012), in the 40 classes of
+# Gupta et al. (CVPR 2013). The label files count from 1; 0 is unlabelled.
+_NYU = (
+    "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
+    "counter", "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror", "floor mat", "clothes",
+    "ceiling", "books", "refrigerator", "television", "paper", "towel", "shower curtain", "box", "whiteboard",
+    "person", "night stand", "toilet", "sink", "lamp", "bathtub", "bag", "other structure", "other furniture",
+    "other prop",
+)  # fmt: skip
+
+NYU40 = Classes(
+    name="NYUv2",
+    names=_NYU,
+    palette=np.concatenate([colormap(41)[1:], np.zeros((1, 3), np.uint8)]),
+    weights=None,
+    label_ids=(*range(1, 41), 0),
+    ignored_label_ids=(0, 255),
+)

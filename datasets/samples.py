@@ -124,6 +124,33 @@ def pair_folders(
     )
 
 
+def pair_listed(datadir: Path, list_file: Path, images: str, labels: str, encoding: Encoding) -> Pairing:
+    """Pair images/NAME.jpg|jpeg|png with labels/NAME.png for every NAME that `list_file` holds, one a line.
+
+    A line may also bring folder and ending, of which the stem counts. Raises UserError for a list that can't be
+    read, or that names images that are not there.
+    """
+    try:
+        names = [
+            Path(line.split()[0]).stem for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the list {list_file}: {error}") from error
+    found = {path.stem: path for path in files_below(datadir / images) if path.suffix.lower() in IMAGE_TYPES}
+    missing = [Path(name) for name in names if name not in found]
+    if missing:
+        raise UserError(
+            f"{list_file} names {len(missing)} images that are not in {datadir / images} ({first(missing)})"
+        )
+    samples = []
+    for name in sorted(set(names)):
+        label = datadir / labels / f"{name}.png"
+        image = found[name]
+        where = image.relative_to(datadir).as_posix()
+        samples.append(Sample(image, label if label.is_file() else None, where, encoding=encoding))
+    return Pairing(samples, empty=[] if samples else [datadir / images])
+
+
 def restrict(samples: Sequence[Sample], list_file: Path) -> list[Sample]:
     """The samples that `list_file` names, in the split's order.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cli import UserError
-from datasets import Augmentation
+from datasets import DATASETS, Augmentation
 from models import SegmentationModel, create_model, load_backbone, load_weights
 from models.distillation.losses import FEATURE_LOSSES
 from models.factory import MODELS
@@ -28,7 +28,7 @@ class TrainingOptions:
     network: ClassVar[str] = "student"
     """What the network that learns is called; its weights are written as NETWORK.safetensors."""
 
-    dataset: Literal["cityscapes", "ACDC"] = "cityscapes"
+    dataset: Literal[DATASETS] = "cityscapes"  # type: ignore[valid-type]
     """Data set: which folders and names to look for below --datadir."""
     datadir: Path
     """Root of the data set, the folder that holds leftImg8bit/ and gtFine/ (Cityscapes) or rgb_anon/ and gt/ (ACDC)."""

@@ -1,0 +1,24 @@
+"""Colour pictures of what a model predicts on Pascal VOC 2012 (21 classes).
+
+    python eval/eval_VOC2012_color.py --datadir /data/voc2012 --weights student.safetensors
+
+Flags as in eval_cityscapes_color.py.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from cli import run
+from eval.commands import paint
+from eval.options import ColorOptions
+
+
+def main(options: ColorOptions) -> None:
+    paint("VOC2012", options)
+
+
+if __name__ == "__main__":
+    run(main, ColorOptions)
