@@ -145,7 +145,7 @@ def comparisons(options: Options, runs: dict[str, Path]) -> list[tuple[str, Imag
             ("truth", colorize(dataset.full_label(index), dataset.classes)),
         ]
         panels += [(run, Image.open(folder / "color" / name)) for run, folder in runs.items()]
-        rows.append((name, side_by_side(panels)))
+        rows.append((name, side_by_side(panels, height=3 * options.height // 2)))
     return [*rows, ("Colours of the classes", legend(dataset.classes, width=10 * options.height))]
 
 
