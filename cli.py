@@ -28,8 +28,8 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
     try:
         main(_parse(options, sys.modules[main.__module__].__doc__))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one tells
-            print(f"error: {error}", file=sys.stderr)
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        print(f"error: [rank {os.environ['RANK']}] {error}" if several else f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         # torch has an exception of its own for a GPU's memory, and none for the host's

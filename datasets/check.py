@@ -87,12 +87,12 @@ def check(options: Options) -> dict[str, Finding]:
     classes = layout.classes
     names = (*classes.names, "ignore")
     findings: dict[str, Finding] = {}
-    missing = []
+    missing: dict[str, str] = {}
     for subset in layout.subsets:
         try:
             pairing = find_split(options.dataset, options.datadir, subset)
         except cli.UserError as error:
-            missing.append(error)
+            missing[subset] = str(error)
             continue
         total = findings.setdefault(subset, Finding())
         if subset != "test":  # its labels are not public
@@ -114,11 +114,16 @@ def check(options: Options) -> dict[str, Finding]:
                         part.pixels.update(dict(zip(names, found.pixels.tolist(), strict=True)))
                         part.occurs.update(name for name, n in zip(names, found.pixels, strict=True) if n)
     if not findings:
-        raise missing[0]
+        raise cli.UserError(next(iter(missing.values())))
+    for subset in ("train", "val"):  # others may be left out
+        if subset in missing:
+            findings[subset] = Finding(problems=[missing[subset]])
     return findings
 
 
 def main(options: Options) -> None:
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise cli.UserError(f"no folder {options.json.parent} for --json; make it first")
     findings = check(options)
     console = Console()
     table = Table("split", "images", "labelled", "sizes", "problems", title=f"{options.dataset} in {options.datadir}")

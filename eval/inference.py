@@ -48,9 +48,11 @@ class Evaluation:
     counts: ConfusionMatrix
     conditions: "dict[str, Evaluation]" = field(default_factory=dict)
 
-    def as_json(self, weights: Path | str) -> dict[str, Any]:
+    def as_json(self, weights: Path | None = None) -> dict[str, Any]:
         """Scores as `--json` writes them: IoUs in 0..1, None for a class that does not occur."""
-        result = {"protocol": self.protocol, "weights": str(weights), "images": self.images}
+        result: dict[str, Any] = {"protocol": self.protocol, "weights": weights and str(weights), "images": self.images}
+        if weights is None:  # a network in training has no file
+            del result["weights"]
         result |= self.counts.scores()
         if self.conditions:
             parts = self.conditions.items()
@@ -116,6 +118,8 @@ def evaluate(
         for part in parts.values():
             dist.all_reduce(part.counts.counts)
     total = sum((part.counts for part in parts.values()), ConfusionMatrix(classes, device))
+    if not total.counts[: classes.num_classes].any():
+        raise UserError("every label pixel of this split is ignored, as in test splits; choose a labelled --subset")
     conditions = {name: part for name, part in parts.items() if name is not None}
     return Evaluation(protocol, len(dataset), total, conditions)
 

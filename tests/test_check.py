@@ -44,6 +44,13 @@ def test_every_problem_is_told(command: Command, scenes: Path, tmp_path: Path) -
     assert "77" in done.stdout
 
 
+def test_a_split_that_is_missing(command: Command, scenes: Path, tmp_path: Path) -> None:
+    shutil.copytree(scenes, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "leftImg8bit" / "train")
+    done = command("-m", "datasets.check", "--datadir", tmp_path / "data")
+    assert done.returncode == 2 and "leftImg8bit/train" in done.stdout
+
+
 def test_nothing_there(command: Command, tmp_path: Path) -> None:
     done = command("-m", "datasets.check", "--datadir", tmp_path / "nowhere")
     assert done.returncode == 2 and "nowhere" in done.stderr and "Traceback" not in done.stderr

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from datasets import open_split
+from eval.inference import evaluate
+from models import load_model
 from tests.conftest import Command
 from tests.test_training import SMALL, assert_equal, records
 
@@ -34,6 +37,11 @@ def test_two_processes(command: Command, scenes: Path, teacher_weights: Path, tm
     assert len(first) == len(second) == 5
     for a, b in zip(first, second, strict=True):
         assert a["losses"] == pytest.approx(b["losses"], rel=1e-5 if a["step"] == 1 else 1e-3)
+    for name in ("one", "two"):  # what is logged is what the saved network scores
+        student = load_model(tmp_path / name / "student.safetensors")
+        found = evaluate(student, open_split("cityscapes", scenes, "val", height=64, cache=False), progress=False)
+        logged = next(r for r in records(tmp_path / name) if r["event"] == "val")
+        assert found.as_json()["mean_iou"] == pytest.approx(logged["mean_iou"], abs=1e-6)
     counted = [next(r for r in records(tmp_path / n) if r["event"] == "val")["images"] for n in ("one", "two")]
     assert counted == [4, 4]
 

@@ -12,7 +12,7 @@ from models import create_model, load_model
 from models.distillation import Distiller
 from tests.conftest import ROOT, Command
 from tests.golden_data import load
-from train.engine import recipe
+from train.engine import new_optimizer, new_schedule
 from train.TransKDBase import Options
 
 SMALL = (
@@ -139,18 +139,22 @@ def test_schedule() -> None:
     """The learning rate of every epoch is the published one, though PolynomialLR is torch's."""
     golden = load("lr_golden.json")["used_lr_by_epoch"]
     options = Options(datadir=Path())
-    optimizer, schedule = recipe(Distiller(create_model("segformer_b0"), None), options)
+    optimizer = new_optimizer(Distiller(create_model("segformer_b0"), None), options)
+    schedule = new_schedule(optimizer, options)
     assert isinstance(schedule, PolynomialLR)
     for epoch in range(1, 1504):
         if str(epoch) in golden:
-            assert optimizer.param_groups[0]["lr"] == pytest.approx(golden[str(epoch)], rel=1e-9, abs=1e-17)
+            lr = optimizer.param_groups[0]["lr"]
+            assert lr == pytest.approx(golden[str(epoch)], rel=1e-9, abs=1e-17)
+            if epoch in (2, 100, 999):  # a resumed run builds the schedule anew, to the same bits
+                assert new_schedule(new_optimizer(torch.nn.Linear(1, 1), options), options, epoch).get_last_lr() == [lr]
         optimizer.step()
         schedule.step()
 
 
 def test_published_recipe_is_the_default() -> None:
     options = Options(datadir=Path())
-    group = recipe(Distiller(nn.Linear(2, 20), [1.0]), options)[0].param_groups[0]
+    group = new_optimizer(nn.Linear(2, 20), options).param_groups[0]
     assert (options.num_epochs, options.batch_size, options.height) == (1000, 2, 512)
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.01)
     assert options.losses()["embed_weights"] == (0.1, 0.1, 0.5, 1.0)
@@ -191,3 +195,36 @@ def test_a_run_is_not_overwritten(command: Command, scenes: Path, tmp_path: Path
     done = command("train/student.py", *flags)
     assert done.returncode == 2 and "--resume" in done.stderr
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_imagenet_student(command: Command, scenes: Path, tmp_path: Path) -> None:
+    """Starts from an encoder file, as `--student-pretrained` does from ckpt_pretrained/."""
+    torch.manual_seed(5)
+    encoder = {k: v for k, v in create_model("segformer_b0").state_dict().items() if not k.startswith("linear_")}
+    torch.save(
+        encoder | {"head.weight": torch.zeros(1000, 256), "head.bias": torch.zeros(1000)}, tmp_path / "mit_b0.pth"
+    )
+    flags = ("--datadir", scenes, "--output-dir", tmp_path / "run", "--max-steps", 1, "--lr", 1e-30, *SMALL)
+    done = command("train/student.py", *flags, "--student-weights", tmp_path / "mit_b0.pth")
+    assert done.returncode == 0, done.stderr
+    trained = weights(tmp_path / "run" / "student.safetensors")
+    assert all(torch.allclose(trained[key], value, rtol=0, atol=1e-20) for key, value in encoder.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--compile",), ("--deterministic", "--no-tf32")])
+def test_flags_of_speed(flags: tuple[str, ...], command: Command, scenes: Path, tmp_path: Path) -> None:
+    """They change how a step is computed, not what: the loss is that of a plain run."""
+    common = ("--datadir", scenes, "--max-steps", 1, "--drop-path-rate", 0, "--dropout", 0, *SMALL)
+    for name, more in (("plain", ()), ("other", flags)):
+        done = command("train/student.py", *common, "--output-dir", tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+    plain, other = (next(r for r in records(tmp_path / n) if r["event"] == "train") for n in ("plain", "other"))
+    assert other["losses"] == pytest.approx(plain["losses"], rel=2e-2 if "bf16" in flags else 1e-5)
+
+
+def test_published_shift(command: Command, scenes: Path, tmp_path: Path) -> None:
+    flags = ("--datadir", scenes, "--output-dir", tmp_path / "run", "--max-steps", 1, "--published-shift", *SMALL)
+    done = command("train/student.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "options.json").read_text())["published_shift"] is True

@@ -63,7 +63,8 @@ def test_twenty_kills_change_nothing(command: Command, scenes: Path, tmp_path: P
     killed = command("-c", driver, *flags, TRANSKD_CACHE=str(tmp_path / "cache"))  # built anew, under fire
     assert killed.returncode == 0, killed.stderr
     assert killed.stdout.strip().endswith("kills 20")
-    assert_equal(tmp_path / "whole" / "student.safetensors", tmp_path / "killed" / "student.safetensors")
+    for name in ("student.safetensors", "student_best.safetensors"):
+        assert_equal(tmp_path / "whole" / name, tmp_path / "killed" / name)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -163,6 +164,8 @@ def test_resume_refuses_other_options(command: Command, scenes: Path, tmp_path: 
     assert "lr 0.0001 instead of 6e-05" in error and "subset_every 2 instead of 1" in error and "--override" in error
     assert json.loads((tmp_path / "run" / "options.json").read_text())["lr"] == 6e-5
     assert command(*flags, *changed, "--override", "--max-steps", 3).returncode == 0
+    last = [r for r in records(tmp_path / "run") if r["event"] == "train"][-1]
+    assert last["step"] == 3 and last["lr"] == pytest.approx(1e-4, rel=0.01)  # the option in force, not the old one
 
 
 def test_corrupt_image_in_the_middle(command: Command, tmp_path: Path) -> None:

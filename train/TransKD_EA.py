@@ -36,18 +36,19 @@ class Options(DistillationOptions):
 
 
 def main(options: Options) -> None:
-    data, classes = start(options)
-    student, teacher = options.student(classes.num_outputs), options.teacher(classes.num_outputs)
+    setup = start(options)
+    outputs = setup.classes.num_outputs
+    student, teacher = options.student(outputs), options.teacher(outputs)
     channels = student.channels, teacher.channels
     distiller = Distiller(
         student,
-        classes.weights,
+        setup.classes.weights,
         teacher=teacher,
         fusion=CrossSelectiveFusion(*channels),
         alignment=EmbeddingAssistant(*channels, options.stages),
         **options.losses(),
     )
-    train(distiller, data, options)
+    train(distiller, setup, options)
 
 
 if __name__ == "__main__":

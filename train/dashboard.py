@@ -23,7 +23,9 @@ class Dashboard:
         try:
             import visdom
         except ImportError as error:
-            raise UserError("--visualize needs visdom; pip install it, or leave the flag out") from error
+            raise UserError(
+                "--visualize needs visdom; install it by PIP_CONSTRAINT=constraints.txt pip install visdom==0.2.4"
+            ) from error
         logging.getLogger("visdom").setLevel(logging.CRITICAL)  # it logs a traceback for every lost message
         logging.getLogger("websocket").setLevel(logging.CRITICAL)
         self.client: Any = None

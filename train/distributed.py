@@ -85,10 +85,11 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
-        """Until every rank is here."""
+    def agree(self, module: nn.Module) -> None:
+        """Give every rank the first one's buffers: BatchNorm's statistics differ between ranks after a step."""
         if self.world_size > 1:
-            dist.barrier()
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
 
     def leave(self) -> None:
         if self.world_size > 1 and dist.is_initialized():

@@ -5,14 +5,16 @@ student.safetensors and student_best.safetensors (the bare network). Data order 
 (seed, epoch, image), so a run goes on in mid-epoch from a step count and torch's random state alone.
 """
 
+import hashlib
 import math
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,7 +30,7 @@ from eval.inference import evaluate
 from models import save_model
 from models.distillation import Distiller
 from train.distributed import Ranks
-from train.options import TrainingOptions
+from train.options import DistillationOptions, TrainingOptions
 from train.run_folder import RunFolder, load_checkpoint, provenance
 from train.tracking import NotFiniteError, Tracker
 
@@ -45,11 +47,28 @@ class State:
     best: float = -1.0  # best validation mIoU so far
 
 
-def start(options: TrainingOptions) -> tuple[tuple[SceneDataset, SceneDataset], Classes]:
-    """Seed everything and open the training and the validation split.
+class Setup(NamedTuple):
+    """What a run needs before its networks are built."""
+
+    ranks: Ranks
+    folder: RunFolder | None  # rank 0's alone
+    train_set: SceneDataset
+    val_set: SceneDataset
+    classes: Classes
+
+
+def start(options: TrainingOptions) -> Setup:
+    """Claim the run's folder, open the data, and seed everything.
 
     Called before the networks are built, so that one seed gives every method the same student.
+
+    Raises:
+        UserError: a device, folder or data set that can't be used; nothing long has been started by then.
     """
+    ranks = Ranks(options.device)
+    ranks.share(options.batch_size, options.accumulate)
+    prepare(ranks.device, options)
+    folder = RunFolder(options) if ranks.first else None
     torch.manual_seed(options.seed)
     common: dict[str, Any] = {"height": options.height, "cache": options.cache}
     train_set = open_split(
@@ -61,36 +80,44 @@ def start(options: TrainingOptions) -> tuple[tuple[SceneDataset, SceneDataset], 
         augment=options.augmentation,
         **common,
     )
-    return (train_set, open_split(options.dataset, options.datadir, "val", **common)), train_set.classes
+    val_set = open_split(options.dataset, options.datadir, "val", **common)
+    return Setup(ranks, folder, train_set, val_set, train_set.classes)
 
 
-def train(distiller: Distiller, data: tuple[SceneDataset, SceneDataset], options: TrainingOptions) -> None:
+def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
     """Train `distiller.student` and keep its last and best weights in the run's folder.
 
     Raises:
-        UserError: the folder can't be used, `--resume` finds nothing to go on from, a loss is not finite, or the
-            disk is full. What was saved before is still there.
+        UserError: `--resume` with options that would change the result, a loss that is not finite, or a full disk.
+            What was saved before is still there.
     """
-    train_set, val_set = data
-    ranks = Ranks(options.device)
+    ranks, folder, train_set, val_set, _ = setup
     device = ranks.device
     micro_batch = ranks.share(options.batch_size, options.accumulate)
-    facts = {
-        "parameters": sum(p.numel() for p in distiller.student.parameters()),
-        "data": train_set.identity(),
-        "world_size": ranks.world_size,
-    }
-    folder = RunFolder(options, **facts) if ranks.first else None
+    if folder is not None:
+        folder.describe(
+            options,
+            parameters=sum(p.numel() for p in distiller.student.parameters()),
+            data=train_set.identity(),
+            teacher=distiller.teacher and fingerprint(distiller.teacher),
+            world_size=ranks.world_size,
+        )
+        if micro_batch == 1 < options.batch_size and distiller.fusion is not None:
+            print(
+                "warning: one image at a time a process: CSF then takes its squeeze for single images, and "
+                "BatchNorm sees one image; a larger --batch-size comes closer to the recipe",
+                file=sys.stderr,
+            )
 
-    prepare(device, options)
     distiller.to(device)
     if options.sync_batchnorm:
         nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
-    optimizer, schedule = recipe(distiller, options)
     state = State()
+    optimizer = new_optimizer(distiller, options)
     torch.manual_seed(options.seed + ranks.rank)  # building other modules drew other numbers; dropout is the same
     if options.resume:
-        state = restore(options, ranks, distiller, optimizer, schedule)
+        state = restore(options, ranks, distiller, optimizer)
+    schedule = new_schedule(optimizer, options, state.epoch)
     if options.compile:
         distiller.compile()
     learner = ranks.wrap(distiller)
@@ -109,7 +136,9 @@ def train(distiller: Distiller, data: tuple[SceneDataset, SceneDataset], options
         )
 
     steps_per_epoch = math.ceil(len(batches(1)) / options.accumulate)
-    total_steps = min(options.num_epochs * steps_per_epoch, options.max_steps or sys.maxsize)
+    epochs_left = max(options.num_epochs + 1 - state.epoch, 0)
+    steps_left = max(epochs_left * steps_per_epoch - state.batch, 0)
+    total_steps = min(state.step + steps_left, options.max_steps or sys.maxsize)
 
     def save(*, best: bool = False) -> None:
         random = ranks.gather([torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None])
@@ -117,7 +146,6 @@ def train(distiller: Distiller, data: tuple[SceneDataset, SceneDataset], options
             content = {
                 "model": distiller.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
                 "state": vars(state),
                 "random": random,
             }
@@ -129,6 +157,7 @@ def train(distiller: Distiller, data: tuple[SceneDataset, SceneDataset], options
             save_model(distiller.student, folder.path / f"{options.network}{suffix}.safetensors", **facts)
 
     def validate(model: nn.Module, event: str = "val") -> float:
+        ranks.agree(model)
         scores = evaluate(
             model,
             val_set,
@@ -136,8 +165,7 @@ def train(distiller: Distiller, data: tuple[SceneDataset, SceneDataset], options
             num_workers=options.num_workers,
             device=device,
             progress=False,
-        ).as_json(weights="")
-        del scores["weights"]
+        ).as_json()
         tracker.validated(state.epoch, scores, event)
         return scores["mean_iou"] or 0.0
 
@@ -150,7 +178,7 @@ def train(distiller: Distiller, data: tuple[SceneDataset, SceneDataset], options
             f"{options.method}: {len(train_set)} training and {len(val_set)} validation images, "
             f"{steps_per_epoch} steps an epoch, {total_steps} in all, on {device}, in {options.run_dir}"
         )
-        if getattr(options, "validate_teacher", False) and distiller.teacher is not None:
+        if isinstance(options, DistillationOptions) and options.validate_teacher and distiller.teacher is not None:
             tracker.say(f"teacher: val mIoU {validate(distiller.teacher, 'teacher'):.2%}")
 
         saved = time.monotonic()
@@ -186,7 +214,7 @@ def train(distiller: Distiller, data: tuple[SceneDataset, SceneDataset], options
                 if stop and state.step < total_steps:
                     break
 
-                epoch_done = state.batch == steps_per_epoch
+                epoch_done = state.batch >= steps_per_epoch
                 last = state.step >= total_steps or (epoch_done and state.epoch == options.num_epochs)
                 due = last or (epoch_done and state.epoch % options.validate_every == 0)
                 score = validate(distiller.student) if due else 0.0
@@ -202,10 +230,10 @@ def train(distiller: Distiller, data: tuple[SceneDataset, SceneDataset], options
                     )
                     tracker.pictures(distiller.student, val_set)
                     keep_network("", score)
-                    save()
-                    if best:
+                    if best:  # before last.pt, which remembers that this was the best
                         keep_network("_best", score)
                         save(best=True)
+                    save()
                     saved = time.monotonic()
         except NotFiniteError as error:
             names = ", ".join(train_set.samples[i].name for i in error.indices)
@@ -250,28 +278,40 @@ def prepare(device: torch.device, options: TrainingOptions) -> None:
     torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
 
 
-def recipe(distiller: nn.Module, options: TrainingOptions) -> tuple[AdamW, PolynomialLR]:
-    """AdamW on every parameter, and the learning rate that falls once an epoch.
+def new_optimizer(distiller: nn.Module, options: TrainingOptions) -> AdamW:
+    """AdamW on every parameter."""
+    return AdamW(distiller.parameters(), **hyperparameters(options), fused=True)
+
+
+def hyperparameters(options: TrainingOptions) -> dict[str, Any]:
+    return {"lr": options.lr, "betas": options.betas, "eps": options.eps, "weight_decay": options.weight_decay}
+
+
+def new_schedule(optimizer: AdamW, options: TrainingOptions, epoch: int = 1) -> PolynomialLR:
+    """The learning rate that falls once an epoch, as it stands in `epoch`.
 
     As published, epoch e uses lr·(1 − e/1500): the schedule makes its first step before the training does.
     """
-    optimizer = AdamW(
-        distiller.parameters(),
-        lr=options.lr,
-        betas=options.betas,
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
+    for group in optimizer.param_groups:
+        group.update(hyperparameters(options))
+        group.pop("initial_lr", None)
     schedule = PolynomialLR(optimizer, total_iters=options.lr_decay_epochs, power=options.lr_power)
-    optimizer.step()  # without gradients it changes nothing; it keeps PolynomialLR from warning about the order
-    schedule.step()
-    return optimizer, schedule
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # on purpose
+        for _ in range(epoch):
+            schedule.step()
+    return schedule
 
 
-def restore(
-    options: TrainingOptions, ranks: Ranks, distiller: Distiller, optimizer: AdamW, schedule: PolynomialLR
-) -> State:
+def fingerprint(model: nn.Module) -> str:
+    """Hash of a network's weights."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:20]
+
+
+def restore(options: TrainingOptions, ranks: Ranks, distiller: Distiller, optimizer: AdamW) -> State:
     """Take everything up from the last checkpoint.
 
     Raises:
@@ -282,8 +322,8 @@ def restore(
         distiller.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"the checkpoint in {options.run_dir} is of another method or model ({error})") from error
-    schedule.load_state_dict(content["schedule"])
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the checkpoint in {options.run_dir} is of another method or model ({reason})") from error
     if len(content["random"]) != ranks.world_size:
         raise UserError(f"{options.run_dir} was trained by {len(content['random'])} processes; go on with as many")
     random, random_cuda = content["random"][ranks.rank]

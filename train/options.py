@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from cli import UserError
 from datasets import DATASETS, Augmentation
-from models import SegmentationModel, create_model, load_backbone, load_weights
+from models import SegmentationModel, create_model, load_backbone, load_model
 from models.distillation.losses import FEATURE_LOSSES
 from models.factory import MODELS
 
@@ -210,19 +210,25 @@ class DistillationOptions(TrainingOptions):
         return new_student(self, num_classes)
 
     def teacher(self, num_classes: int) -> SegmentationModel:
-        """The trained teacher.
+        """The trained teacher; it may have other classes than the data, since its logits enter no loss.
 
         Raises:
-            UserError: no weights, or weights of another model.
+            UserError: no weights, weights of another model, or other classes with --validate-teacher.
         """
         name = f"{self.teacher_model.replace('_', '')}_teacher_{self.dataset.lower()}.pth"
         path = self.teacher_weights or ROOT / "outputs" / name
-        if not path.is_file():
+        if not path.exists():  # a folder is Hugging Face's
             raise UserError(
                 f"no teacher at {path}; train one with train/teacher.py, or name one with --teacher-weights"
             )
-        teacher = create_model(self.teacher_model, num_classes)
-        load_weights(teacher, path)
+        teacher = load_model(path)
+        if teacher.name != self.teacher_model:
+            raise UserError(
+                f"{path} does not fit {self.teacher_model}; it looks like {teacher.name}: "
+                f"add --teacher-model {teacher.name}, or name another file with --teacher-weights"
+            )
+        if self.validate_teacher and teacher.num_classes not in (num_classes, num_classes - 1):
+            raise UserError(f"{path} has {teacher.num_classes} classes of another kind; leave --validate-teacher out")
         return teacher
 
 

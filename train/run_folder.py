@@ -9,10 +9,11 @@ import io
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy
 import PIL
@@ -21,11 +22,16 @@ import torch
 from cli import UserError, writing
 from train.options import ROOT, TrainingOptions
 
-FREE = (
-    "output_dir", "resume", "override", "datadir", "cache", "num_workers", "num_epochs", "max_steps", "device",
-    "validate_every", "validate_teacher", "save_every", "steps_loss", "tensorboard", "visualize", "port",
-)  # fmt: skip
-"""Options that a resumed run may change: they don't change what is computed (moved data is recognised by content)."""
+CHECKPOINTS = ("last.pt", "previous.pt")
+"""The checkpoints that a run can be taken up from, the newer one first."""
+
+FREE = frozenset(
+    ["output_dir", "resume", "override", "datadir", "train_list", "teacher_weights", "student_weights", "cache", "num_workers", "num_epochs", "max_steps", "device", "validate_every", "validate_teacher", "save_every", "steps_loss", "tensorboard", "visualize", "port"]
+)
+"""Options that a resumed run may change: they don't change what is computed.
+
+Data and teacher may move: their content is compared.
+"""
 
 
 class RunFolder:
@@ -33,12 +39,11 @@ class RunFolder:
 
     Raises:
         UserError: it can't be written, another process writes into it, it holds a run and `--resume` was not given, or
-            `--resume` was given with options that would change the result.
+            `--resume` was given and there is none.
     """
 
-    def __init__(self, options: TrainingOptions, **facts: Any) -> None:
+    def __init__(self, options: TrainingOptions) -> None:
         self.path = options.run_dir
-        self.lock: TextIO | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = (self.path / "lock").open("w")
@@ -48,17 +53,36 @@ class RunFolder:
             raise UserError(f"another run writes into {self.path}; choose another --output-dir") from error
         except OSError as error:
             raise UserError(f"can't write to {self.path} ({error.strerror}); choose another --output-dir") from error
-        known = self.path / "options.json"
-        if options.resume:
-            self._compare(json.loads(known.read_text()) if known.exists() else {}, options.as_json() | facts, options)
-        elif (self.path / "last.pt").exists() or (self.path / "previous.pt").exists():
+        holds_run = any((self.path / name).exists() for name in CHECKPOINTS)
+        if holds_run and not options.resume:
             raise UserError(
                 f"{self.path} already holds a run; add --resume to go on with it, or choose another --output-dir"
             )
-        else:
+        if options.resume and not holds_run:
+            raise UserError(f"no checkpoint in {self.path} to go on from; leave --resume out to start a run")
+        if not options.resume:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
+
+    def describe(self, options: TrainingOptions, **facts: Any) -> None:
+        """Write options.json: the options, and facts about data and networks.
+
+        Raises:
+            UserError: a resumed run differs in something that changes its result.
+        """
+        known, now = self.path / "options.json", options.as_json() | facts
+        before = json.loads(known.read_text()) if options.resume and known.exists() else {}
+        changed = [
+            f"{key} {now.get(key)} instead of {before[key]}"
+            for key in before
+            if key not in FREE and before[key] != now.get(key)
+        ]
+        if changed and not options.override:
+            raise UserError(
+                f"--resume with other options than {self.path} began with would change its result: "
+                f"{'; '.join(changed)}; give the same ones, or --override to insist"
+            )
         with writing(known) as aside:
-            aside.write_text(json.dumps(options.as_json() | facts, indent=2) + "\n")
+            aside.write_text(json.dumps(now, indent=2) + "\n")
 
     def save(self, content: dict[str, Any], *, best: bool = False) -> None:
         """Write a checkpoint, last.pt or best.pt.
@@ -75,21 +99,11 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
             if not best and path.exists():
-                previous = self.path / "previous.pt"
-                previous.unlink(missing_ok=True)
-                previous.hardlink_to(path)
-
-    def _compare(self, before: dict[str, Any], now: dict[str, Any], options: TrainingOptions) -> None:
-        changed = [
-            f"{key} {now.get(key)} instead of {before[key]}"
-            for key in before
-            if key not in FREE and before[key] != now.get(key)
-        ]
-        if changed and not options.override:
-            raise UserError(
-                f"--resume with other options than {self.path} began with would change its result: "
-                f"{'; '.join(changed)}; give the same ones, or --override to insist"
-            )
+                with writing(self.path / "previous.pt") as link:
+                    try:
+                        link.hardlink_to(path)
+                    except OSError:  # a file system without links
+                        shutil.copyfile(path, link)
 
 
 def load_checkpoint(run_dir: Path) -> dict[str, Any]:
@@ -98,8 +112,8 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none.
     """
-    problem = "leave --resume out to start a run"
-    for name in ("last.pt", "previous.pt"):
+    problem = ""
+    for name in CHECKPOINTS:
         path = run_dir / name
         if not path.exists():
             continue
@@ -112,7 +126,7 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any]:
         if name == "previous.pt":
             print(f"warning: going on from {path}, step {content['state']['step']}", file=sys.stderr)
         return content
-    raise UserError(f"no checkpoint in {run_dir} to go on from; {problem}")
+    raise UserError(f"no whole checkpoint in {run_dir} to go on from ({problem}); start again in another --output-dir")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

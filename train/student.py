@@ -39,9 +39,9 @@ class Options(TrainingOptions):
 
 
 def main(options: Options) -> None:
-    data, classes = start(options)
-    student = new_student(options, classes.num_outputs)
-    train(Distiller(student, classes.weights), data, options)
+    setup = start(options)
+    student = new_student(options, setup.classes.num_outputs)
+    train(Distiller(student, setup.classes.weights), setup, options)
 
 
 if __name__ == "__main__":

@@ -40,11 +40,11 @@ class Options(TrainingOptions):
 
 
 def main(options: Options) -> None:
-    data, classes = start(options)
-    teacher = options.new_model(options.teacher_model, classes.num_outputs)
+    setup = start(options)
+    teacher = options.new_model(options.teacher_model, setup.classes.num_outputs)
     if not options.from_scratch:
         load_backbone(teacher, options.teacher_weights or pretrained_path(options.teacher_model))
-    train(Distiller(teacher, classes.weights), data, options)
+    train(Distiller(teacher, setup.classes.weights), setup, options)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torch import Tensor, nn
 
+from cli import writing
 from datasets import SceneDataset
 from datasets.transforms import to_float
 from eval.rendering import colorize
@@ -63,7 +64,8 @@ class Tracker:
         if ranks.first:
             path = options.run_dir / "metrics.jsonl"
             kept = _records_until(path.read_text() if path.exists() else "", start_step)
-            path.write_text(kept)
+            with writing(path) as aside:
+                aside.write_text(kept)
             self.file = path.open("a", buffering=1)
             if options.visualize:
                 self.dashboard = Dashboard(options.run_dir.name, options.port)
