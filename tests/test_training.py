@@ -168,6 +168,8 @@ def test_published_recipe_is_the_default() -> None:
         ("student.py", ["--batch-size", "0"], "--batch-size"),
         ("student.py", ["--device", "cuda:77"], "--device"),
         ("student.py", ["--lr", "much"], "--lr"),
+        ("student.py", ["--num-epochs", "2000"], "--lr-decay-epochs"),
+        ("TransKDBase.py", ["--temperature", "4"], "--temperature"),
         ("student.py", ["--nonsense", "3"], "--nonsense"),
         ("student.py", ["--dataset", "kitti"], "--dataset"),
         ("student.py", ["--resume"], "--resume"),

@@ -16,7 +16,7 @@ from models.distillation.losses import FEATURE_LOSSES
 from models.factory import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
-MIN_HEIGHT = 64  # below this stage 4 has a single row and BatchNorm has nothing to normalise
+MIN_HEIGHT = 64  # stage 4 then has two rows
 
 
 @dataclass(kw_only=True)
@@ -132,6 +132,11 @@ class TrainingOptions:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it can't be negative")
         if self.height < MIN_HEIGHT:
             raise UserError(f"--height is {self.height}; the network's four stages need at least {MIN_HEIGHT}")
+        if self.num_epochs > self.lr_decay_epochs:
+            raise UserError(
+                f"--num-epochs {self.num_epochs} goes on after --lr-decay-epochs {self.lr_decay_epochs}, where the "
+                "learning rate is 0; raise the latter"
+            )
         if not self.lr > 0:
             raise UserError(f"--lr is {self.lr}; it must be positive")
 
@@ -187,6 +192,11 @@ class DistillationOptions(TrainingOptions):
         super().__post_init__()
         if not self.temperature > 0:
             raise UserError(f"--temperature is {self.temperature}; it must be positive")
+        hcl = self.knowledge_distillation_loss == "hcl"
+        if hcl and (self.lambda_cwd, self.temperature) != (1.0, 1.0):
+            raise UserError("--lambda-cwd and --temperature are CWloss's and KL's; hcl has --review-kd-loss-weight")
+        if not hcl and self.review_kd_loss_weight != 1.0:
+            raise UserError("--review-kd-loss-weight is hcl's; CWloss and KL have --lambda-cwd and --temperature")
 
     @property
     def stages(self) -> tuple[int, ...]:
