@@ -154,7 +154,9 @@ def python(*arguments: object) -> None:
     command = [sys.executable, *map(str, arguments)]
     print("\n$ python " + " ".join(command[1:]), flush=True)
     if code := subprocess.run(command, cwd=ROOT).returncode:
-        raise cli.UserError(f"the command above ended with exit code {code}; run `make demo` again to go on, or choose another --output-dir")
+        raise cli.UserError(
+            f"the command above ended with exit code {code}; run `make demo` again to go on, or choose another --output-dir"
+        )
 
 
 if __name__ == "__main__":

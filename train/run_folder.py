@@ -26,7 +26,27 @@ CHECKPOINTS = ("last.pt", "previous.pt")
 """The checkpoints that a run can be taken up from, the newer one first."""
 
 FREE = frozenset(
-    ["output_dir", "resume", "override", "datadir", "train_list", "teacher_weights", "student_weights", "cache", "num_workers", "num_epochs", "max_steps", "device", "validate_every", "validate_teacher", "save_every", "steps_loss", "tensorboard", "visualize", "port"]
+    [
+        "output_dir",
+        "resume",
+        "override",
+        "datadir",
+        "train_list",
+        "teacher_weights",
+        "student_weights",
+        "cache",
+        "num_workers",
+        "num_epochs",
+        "max_steps",
+        "device",
+        "validate_every",
+        "validate_teacher",
+        "save_every",
+        "steps_loss",
+        "tensorboard",
+        "visualize",
+        "port",
+    ]
 )
 """Options that a resumed run may change: they don't change what is computed.
 
