@@ -155,7 +155,8 @@ def python(*arguments: object) -> None:
     print("\n$ python " + " ".join(command[1:]), flush=True)
     if code := subprocess.run(command, cwd=ROOT).returncode:
         raise cli.UserError(
-            f"the command above ended with exit code {code}; run `make demo` again to go on, or choose another --output-dir"
+            f"the command above ended with exit code {code}; run `make demo` again to go on, "
+            "or choose another --output-dir"
         )
 
 

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -37,14 +36,13 @@ class Step:
         torch.manual_seed(0)
         student, teacher = create_model("segformer_b0"), create_model("segformer_b2")
         channels = student.channels, teacher.channels
-        modules = {"fusion": CrossSelectiveFusion(*channels), "alignment": METHODS[method](*channels)}
-        networks: list[nn.Module] = [student, teacher]
+        fusion, alignment = CrossSelectiveFusion(*channels), METHODS[method](*channels)
         if other:
-            networks = [published.HuggingFaceSegFormer(network, "eager") for network in (student, teacher)]
-        distiller = Distiller(networks[0], CITYSCAPES.weights, teacher=networks[1], **modules)  # type: ignore[arg-type]
+            student, teacher = (published.HuggingFaceSegFormer(network, "eager") for network in (student, teacher))
+        distiller = Distiller(student, CITYSCAPES.weights, teacher=teacher, fusion=fusion, alignment=alignment)
         self.distiller, self.other, self.bf16 = distiller.to(device), other, bf16
         if other:
-            networks[1].requires_grad_(True)
+            teacher.requires_grad_(True)
         if compiled:
             distiller.compile()
         self.optimizer = AdamW(distiller.parameters(), lr=6e-5, fused=not other)
@@ -70,13 +68,13 @@ def training(sizes: Sizes) -> Iterator[Row]:
         if not find_spec("transformers"):
             yield Row(name, "published way", note=NOT_INSTALLED)
             continue
-        sides = [partial(Step, method, other) for other in (False, True)]
-        ours, theirs = (peak_memory(side, sizes) for side in sides)
-        yield Row(name, "published way", **in_turn(*(side(sizes) for side in sides), sizes.repeats), target=4)
-        yield Row(name, "published way", "memory", ours, theirs, target=0.4)
+        ours, theirs = (partial(Step, method, other) for other in (False, True))
+        peaks = peak_memory(ours, sizes), peak_memory(theirs, sizes)
+        yield Row(name, "published way", "time", *in_turn(ours(sizes), theirs(sizes), sizes.repeats), 4)
+        yield Row(name, "published way", "memory", *peaks, 0.4)
 
 
-def prediction(model: nn.Module, images: Tensor) -> Run:
+def prediction(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
     """A call returns the logits."""
 
     @torch.inference_mode()
@@ -102,8 +100,8 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
         except (ImportError, RuntimeError):
             yield Row(name, peer, note=NOT_INSTALLED)
             continue
-        sides = (prediction(model, images) for model in (ours, theirs))
-        yield Row(name, peer, **in_turn(*sides, 3 * sizes.repeats), target=2.5)
+        times = in_turn(prediction(ours, images), prediction(theirs, images), 3 * sizes.repeats)
+        yield Row(name, peer, "time", *times, 2.5)
 
 
 def drawn_scenes(folder: Path, sizes: Sizes, count: int = 3) -> SceneDataset:
@@ -130,7 +128,7 @@ def sample(sizes: Sizes) -> Iterator[Row]:
 
         name = f"sample of {sizes.pixels}×{2 * sizes.pixels} from a warm cache"
         times = in_turn(ours, theirs, 3 * sizes.repeats)
-        yield Row(name, "decoding the PNG", **times, target=50, items=len(scenes))
+        yield Row(name, "decoding the PNG", "time", *times, 50, items=len(scenes))
 
 
 def label_maps(pixels: int) -> tuple[Tensor, Tensor]:
@@ -159,9 +157,9 @@ def count_theirs(sizes: Sizes) -> Run:
 def confusion(sizes: Sizes) -> Iterator[Row]:
     """Counts for the metric."""
     name, other = f"confusion matrix, {sizes.pixels}×{2 * sizes.pixels}", "one-hot maps"
-    ours, theirs = (peak_memory(side, sizes) for side in (count_ours, count_theirs))
-    yield Row(name, other, **in_turn(count_ours(sizes), count_theirs(sizes), 5 * sizes.repeats), target=20)
-    yield Row(name, other, "memory", ours, theirs, target=0.1)
+    peaks = peak_memory(count_ours, sizes), peak_memory(count_theirs, sizes)
+    yield Row(name, other, "time", *in_turn(count_ours(sizes), count_theirs(sizes), 5 * sizes.repeats), 20)
+    yield Row(name, other, "memory", *peaks, 0.1)
 
 
 def colour(sizes: Sizes) -> Iterator[Row]:
@@ -171,7 +169,7 @@ def colour(sizes: Sizes) -> Iterator[Row]:
     times = in_turn(
         lambda: colorize(labels, CITYSCAPES), lambda: published.colour_by_loop(labels, palette), 5 * sizes.repeats
     )
-    yield Row(f"colour, {sizes.pixels}×{2 * sizes.pixels}", "loop over classes", **times, target=10)
+    yield Row(f"colour, {sizes.pixels}×{2 * sizes.pixels}", "loop over classes", "time", *times, 10)
 
 
 CASES: dict[str, Callable[[Sizes], Iterator[Row]]] = {

@@ -1,5 +1,6 @@
 """Times taken in turn, peaks of memory each in a process of its own, and the machine in words."""
 
+import gc
 import os
 import platform
 import re
@@ -64,15 +65,15 @@ class Row:
         return asdict(self) | {"ratio": self.ratio, "reached": self.reached}
 
 
-def in_turn(ours: Run, theirs: Run, repeats: int) -> dict[str, tuple[float, ...]]:
+def in_turn(ours: Run, theirs: Run, repeats: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Seconds of each, `repeats` times ours, theirs, ours, theirs …, after one round that doesn't count."""
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    times: tuple[list[float], list[float]] = [], []
     for _ in range(repeats + 1):
-        for name, run in (("ours", ours), ("theirs", theirs)):
+        for run, seconds in zip((ours, theirs), times, strict=True):
             start = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - start)
-    return {name: tuple(seconds[1:]) for name, seconds in times.items()}
+            seconds.append(time.perf_counter() - start)
+    return tuple(times[0][1:]), tuple(times[1][1:])
 
 
 def peak_memory(build: Callable[[Sizes], Run], sizes: Sizes) -> tuple[float, ...]:
@@ -90,6 +91,7 @@ def peak_memory(build: Callable[[Sizes], Run], sizes: Sizes) -> tuple[float, ...
 def _growth(build: Callable[[Sizes], Run], sizes: Sizes, threads: int) -> int | None:
     torch.set_num_threads(threads)
     build(QUICK)()  # loads the libraries' code, which is nobody's share
+    gc.collect()
     before = _resident("VmRSS")
     run = build(sizes)
     for _ in range(2):  # the optimizer's state is there from the second step on
@@ -109,7 +111,7 @@ def machine() -> dict[str, Any]:
     """What the figures depend on, with the rates that bound them: matrix products and copying."""
     a, b = torch.rand(2, 1536, 1536)
     source, target = torch.rand(2, 2**24)
-    seconds = in_turn(lambda: a @ b, lambda: target.copy_(source), 7)
+    products, copies = (median(seconds) for seconds in in_turn(lambda: a @ b, lambda: target.copy_(source), 7))
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
@@ -118,7 +120,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
-        "gemm_gflops": round(2 * 1536**3 / median(seconds["ours"]) / 1e9),
-        "copy_gb_per_second": round(2 * source.nbytes / median(seconds["theirs"]) / 1e9, 1),
+        "gemm_gflops": round(2 * 1536**3 / products / 1e9),
+        "copy_gb_per_second": round(2 * source.nbytes / copies / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

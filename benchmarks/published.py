@@ -14,25 +14,29 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from models.base import SegmentationModel, SegmentationOutput
 from models.checkpoints import to_huggingface
 from models.distillation import Distiller
 from models.distillation.losses import cross_entropy
-from models.segformer import CONFIGS, SegFormer, SegmentationOutput
+from models.segformer import CONFIGS
 
 
-class HuggingFaceSegFormer(nn.Module):
+class HuggingFaceSegFormer(SegmentationModel):
     """Hugging Face's SegFormer with the weights, the LayerNorm eps and the outputs of one of ours.
 
     Args:
         attention: "eager" for the explicit softmax of the published code, or "sdpa".
     """
 
-    def __init__(self, ours: SegFormer, attention: str) -> None:
+    def __init__(self, ours: SegmentationModel, attention: str) -> None:
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         super().__init__()
+        self.name, self.num_classes, self.channels = ours.name, ours.num_classes, ours.channels
         encoder, width = CONFIGS[ours.name]
-        config = SegformerConfig(
+        shape: dict[str, Any] = dict(
             hidden_sizes=list(encoder.channels),
             depths=list(encoder.depths),
             num_attention_heads=list(encoder.heads),
@@ -41,6 +45,7 @@ class HuggingFaceSegFormer(nn.Module):
             decoder_hidden_size=width,
             num_labels=ours.num_classes,
         )
+        config = SegformerConfig(**shape)
         self.net: Any = SegformerForSemanticSegmentation.from_pretrained(
             None, config=config, state_dict=to_huggingface(ours.state_dict()), attn_implementation=attention
         )
@@ -48,12 +53,13 @@ class HuggingFaceSegFormer(nn.Module):
             if isinstance(module, nn.LayerNorm) and "patch_embeddings" not in name and "reduction" not in name:
                 module.eps = 1e-6  # theirs is 1e-5 everywhere
         self.embeddings: list[Tensor] = []
-        for stage in self.net.segformer.stages:
+        encoder_stages: Any = self.net.segformer.stages
+        for stage in encoder_stages:
             stage.patch_embeddings.register_forward_hook(lambda *call: self.embeddings.append(call[-1][0]))
         self.train(ours.training)
 
-    def forward(self, images: Tensor) -> SegmentationOutput:
-        """As ours, the head always included."""
+    def forward(self, images: Tensor, logits: bool = True) -> SegmentationOutput:
+        """As ours, with the head whether or not it is asked for."""
         output = self.net(images, output_hidden_states=True)
         embeddings, self.embeddings = tuple(self.embeddings), []
         return SegmentationOutput(output.logits, output.hidden_states, embeddings)
@@ -74,12 +80,12 @@ def published_step(distiller: Distiller, optimizer: Optimizer, images: Tensor, l
 
 
 def one_hot_counts(prediction: Tensor, labels: Tensor, num_outputs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """tp, fp and fn (n,) of two maps (B, H, W) of int64 by products of their one-hot maps; the last index is ignored."""
+    """tp, fp and fn (n,) of two int64 maps (B, H, W) by products of one-hot maps; the last index is ignored."""
     n = num_outputs - 1
     shape = (len(labels), num_outputs, *labels.shape[1:])
     p, t = (torch.zeros(shape).scatter_(1, indices[:, None], 1) for indices in (prediction, labels))
     p, t, counted = p[:, :n], t[:, :n], 1 - t[:, n:]
-    tp, fp, fn = ((product).sum((0, 2, 3)) for product in (p * t, p * (counted - t), (1 - p) * t))
+    tp, fp, fn = (product.sum((0, 2, 3)) for product in (p * t, p * (counted - t), (1 - p) * t))
     return tp, fp, fn
 
 

@@ -2,7 +2,19 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+
+class Normalisation(NamedTuple):
+    """(image - mean) / std of each channel, RGB in [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the same shape."""
+        return torch.stack([(images[:, c] - self.mean[c]) / self.std[c] for c in range(3)], dim=1)
 
 
 class SegmentationOutput(NamedTuple):
@@ -19,6 +31,7 @@ class SegmentationModel(nn.Module):
     name: str
     num_classes: int
     channels: tuple[int, ...]  # C_1..C_4
+    normalisation: Normalisation | None = None  # what weights trained elsewhere expect; the paper's models take none
 
     def encode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Images (B, 3, H, W) -> features F1..F4 (B, C_i, h_i, w_i) and embeddings E1..E4 (B, h_i·w_i, C_i)."""
@@ -33,5 +46,5 @@ class SegmentationModel(nn.Module):
 
         With `logits=False` the decode head does not run: a teacher's logits enter no loss of TransKD.
         """
-        features, embeddings = self.encode(images)
+        features, embeddings = self.encode(self.normalisation(images) if self.normalisation else images)
         return SegmentationOutput(self.decode(features) if logits else None, features, embeddings)

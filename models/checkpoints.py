@@ -5,7 +5,7 @@ Nothing is ever unpickled but tensors: `.safetensors`, or `torch.load(..., weigh
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,32 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cli import UserError, writing
+from models import lvt, pvtv2, segformer
+from models.base import Normalisation, SegmentationModel
 from models.factory import MODELS, create_model
-from models.base import SegmentationModel
-from models.segformer import CONFIGS
 
 State = dict[str, Tensor]
 
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NO_NORMALISATION = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
 # Under these a training framework nests the weights in its checkpoint.
 CONTAINERS = ("model", "state_dict", "model_state_dict", "state_dict_ema")
-# The modules that the published scripts save beside `student.`: CSF, Knowledge Review, PEA, GL-Mixer, EA; ours.
+# The modules that the published scripts save beside `student.`: CSF, Knowledge Review, PEA, GL-Mixer, EA; ours, CWD's.
 DISTILLATION_KEYS = re.compile(
-    r"(fusion\.|alignment\.)?(skfs|abfs|embed\d_linearproject|attn4|conv[12]|fuse_weights|patch_embed\d)\."
+    r"(fusion\.|alignment\.)?(skfs|abfs|embed\d_linearproject|attn4|conv[12]|fuse_weights|patch_embed\d|projection)\."
     r"|(alignment\.)?(atten|conv)_weight$"
 )
-HEAD_KEYS = ("linear_c", "linear_fuse.", "linear_pred.")
+HEAD_KEYS = ("linear_c", "linear_fuse.", "linear_pred.", "neck.", "head.")
+CLASSIFIERS = ("linear_pred.weight", "head.conv_seg.weight")  # (classes, …)
+# The encoders, and how they name stage i's blocks and its patch embedding. PVTv2's ImageNet files are bare encoders;
+# its B5 is the very network of MiT's and goes by SegFormer's name.
+ENCODERS: tuple[tuple[Mapping[str, Any], str, str], ...] = (
+    ({name: config for name, (config, _) in segformer.CONFIGS.items()}, "block{i}", "patch_embed{i}"),
+    (pvtv2.CONFIGS, "block{i}", "patch_embed{i}"),
+    (pvtv2.CONFIGS, "backbone.block{i}", "backbone.patch_embed{i}"),
+    (lvt.CONFIGS, "backbone.{from_0}.1", "backbone.{from_0}.0"),
+)
 # Our modules and those of Hugging Face's SegformerForSemanticSegmentation and -ForImageClassification, as their files
 # name them. Stages {i} count from 1 here and from 0 there, blocks {j} alike; what is k and v there is one kv here.
 HUGGINGFACE = (
@@ -122,7 +134,8 @@ def to_huggingface(state: State) -> State:
 def from_huggingface(state: State) -> State:
     """`to_huggingface` undone. Keys that no rule names stay as they are, so that loading refuses them by name.
 
-    The weights are converted as they are: a network trained on normalised images still expects these.
+    The weights are converted as they are: a network trained on normalised images still expects these (`read_network`
+    finds out).
     """
     table = tuple((theirs, ours) for ours, theirs in HUGGINGFACE)
     renamed = {_rename(key, table, stage=1): value for key, value in state.items()}
@@ -147,30 +160,66 @@ def _rename(key: str, table: Iterable[tuple[str, str]], stage: int) -> str:
     return key
 
 
-def read_network(path: Path | str) -> State:
-    """The bare network of any recognised checkpoint, under our names.
+def read_network(path: Path | str) -> tuple[State, Normalisation | None]:
+    """The bare network of any recognised checkpoint, under our names, and how its input must be normalised.
+
+    The normalisation is in the metadata of our own files, in the `preprocessor_config.json` beside Hugging Face's, and
+    ImageNet's for the releases of the SegFormer repository.
 
     Raises:
         UserError: as `read_weights`.
     """
-    state, _ = read_weights(path)
+    state, metadata = read_weights(path)
     state = strip_wrappers(state)
-    return from_huggingface(state) if any(key.startswith("segformer.") for key in state) else state
+    if any(key.startswith("segformer.") for key in state):
+        return from_huggingface(state), _huggingface_normalisation(Path(path))
+    if any(key.startswith("decode_head.linear_pred.") for key in state):  # NVIDIA's SegFormer repository
+        bare = {key.removeprefix("backbone.").removeprefix("decode_head."): value for key, value in state.items()}
+        return {key: value for key, value in bare.items() if not key.startswith("conv_seg.")}, IMAGENET
+    if "normalisation" in metadata:
+        return state, _normalisation(*json.loads(metadata["normalisation"]))
+    return state, None
+
+
+def _normalisation(mean: Sequence[float], std: Sequence[float]) -> Normalisation:
+    (red, green, blue), (red_std, green_std, blue_std) = mean, std
+    return Normalisation((red, green, blue), (red_std, green_std, blue_std))
+
+
+def _huggingface_normalisation(path: Path) -> Normalisation | None:
+    """What the image processor beside these weights does; theirs scales by 1/255 and normalises unless told not to."""
+    file = (path if path.is_dir() else path.parent) / "preprocessor_config.json"
+    if not file.is_file():
+        return None
+    try:
+        processor = json.loads(file.read_text())
+        scale = 255 * (processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1)
+        mean, std = NO_NORMALISATION
+        if processor.get("do_normalize", True):
+            mean, std = processor.get("image_mean", IMAGENET.mean), processor.get("image_std", IMAGENET.std)
+        found = _normalisation([x / scale for x in mean], [x / scale for x in std])
+    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{file} is no image processor that can be understood ({error}); mend or remove it") from error
+    return None if found == NO_NORMALISATION else found
 
 
 def recognise(state: State) -> str | None:
     """The name of the model whose encoder these keys and shapes are, or None."""
-    depths, widths = [], []
-    for i in range(1, 5):
-        blocks = {int(m[1]) for key in state if (m := re.match(rf"block{i}\.(\d+)\.", key))}
-        proj = state.get(f"patch_embed{i}.proj.weight")
-        if not blocks or proj is None:
-            return None
-        depths.append(max(blocks) + 1)
-        widths.append(len(proj))
-    for name, (config, _) in CONFIGS.items():
-        if (list(config.depths), list(config.channels)) == (depths, widths):
-            return name
+    for configs, block, embed in ENCODERS:
+        depths, widths, ratios = [], [], []
+        for i in range(1, 5):
+            blocks, patches = (name.format(i=i, from_0=i - 1) for name in (block, embed))
+            numbers = {int(m[1]) for key in state if (m := re.match(rf"{re.escape(blocks)}\.(\d+)\.", key))}
+            proj, hidden = state.get(f"{patches}.proj.weight"), state.get(f"{blocks}.0.mlp.fc1.weight")
+            if not numbers or proj is None:
+                break
+            depths.append(max(numbers) + 1)
+            widths.append(len(proj))
+            ratios.append(None if hidden is None else len(hidden) // len(proj))
+        for name, config in configs.items():
+            like = all(found in (None, ratio) for found, ratio in zip(ratios, config.mlp_ratios, strict=False))
+            if like and (list(config.depths), list(config.channels)) == (depths, widths):
+                return name
     return None
 
 
@@ -180,17 +229,19 @@ def load_model(path: Path | str) -> SegmentationModel:
     Raises:
         UserError: unreadable, no model we know, without a decode head, or keys that do not fit (listed).
     """
-    state = read_network(path)
+    state, normalisation = read_network(path)
     name = recognise(state)
     if name is None:
         raise UserError(f"{path} holds no model that is known here ({_some(list(state))}); known: {', '.join(MODELS)}")
-    if "linear_pred.weight" not in state:
+    classifier = next((key for key in CLASSIFIERS if key in state), None)
+    if classifier is None:
         raise UserError(
             f"{path} holds {name}'s encoder without a decode head, as ImageNet checkpoints do; "
             "it can start a training, not predict"
         )
-    model = create_model(name, num_classes=len(state["linear_pred.weight"]))
+    model = create_model(name, num_classes=len(state[classifier]))
     _load(model, state, path)
+    model.normalisation = normalisation
     return model.eval()
 
 
@@ -200,7 +251,9 @@ def load_weights(model: SegmentationModel, path: Path | str) -> None:
     Raises:
         UserError: as `load_model`, or the file holds another model.
     """
-    _load(model, read_network(path), path)
+    state, normalisation = read_network(path)
+    _load(model, state, path)
+    model.normalisation = normalisation
 
 
 def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
@@ -212,12 +265,16 @@ def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
     Raises:
         UserError: the encoder's keys do not fit.
     """
-    state = read_network(path)
-    if "linear_pred.weight" in state:
+    state, normalisation = read_network(path)
+    if any(key in state for key in CLASSIFIERS):
         _load(model, state, path)
+        model.normalisation = normalisation
         return True
     state = {key: value for key, value in state.items() if key not in ("head.weight", "head.bias")}
-    head = {key: value for key, value in model.state_dict().items() if key.startswith(HEAD_KEYS)}
+    wanted = model.state_dict()
+    if "backbone.patch_embed1.proj.weight" in wanted and "patch_embed1.proj.weight" in state:  # PVTv2's bare encoder
+        state = {f"backbone.{key}": value for key, value in state.items()}
+    head = {key: value for key, value in wanted.items() if key.startswith(HEAD_KEYS)}
     _load(model, state | head, path)
     return False
 
@@ -230,6 +287,8 @@ def save_model(model: SegmentationModel, path: Path, **facts: Any) -> None:
         "num_classes": str(model.num_classes),
         "facts": json.dumps(facts),
     }
+    if model.normalisation is not None:
+        metadata["normalisation"] = json.dumps(model.normalisation)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with writing(path) as aside:
         aside.write_bytes(save(state, metadata))

@@ -4,19 +4,23 @@ from collections.abc import Callable
 from functools import partial
 
 from cli import UserError
-from models import pvtv2, segformer
+from models import lvt, pvtv2, segformer
 from models.base import SegmentationModel
+from models.lvt import LVT
 from models.pvtv2 import PVTv2
 from models.segformer import SegFormer
 
 BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
     **{name: partial(SegFormer, name) for name in segformer.CONFIGS},
     **{name: partial(PVTv2, name) for name in pvtv2.CONFIGS},
+    **{name: partial(LVT, name) for name in lvt.CONFIGS},
 }
 MODELS = tuple(BUILDERS)
 
 
-def create_model(name: str, num_classes: int = 20, *, drop_path_rate: float = 0.1, dropout: float = 0.1) -> SegmentationModel:
+def create_model(
+    name: str, num_classes: int = 20, *, drop_path_rate: float = 0.1, dropout: float = 0.1
+) -> SegmentationModel:
     """A freshly initialised model; its output has `.logits`, `.features`, `.embeddings`.
 
     Args:

@@ -10,6 +10,7 @@ Three counts of multiply-accumulates (MACs) are given, because literature and pr
                 decode head works at each stage's own resolution.
 """
 
+import math
 import re
 import statistics
 import time
@@ -34,8 +35,9 @@ from models.distillation import CrossSelectiveFusion, Distiller, EmbeddingAssist
 from models.distillation.csf import SelectiveKernelFusion
 from models.distillation.gl_mixer import SelfAttention
 from models.factory import MODELS, create_model
+from models.lvt import ConvolutionalSelfAttention, RecursiveAtrousSelfAttention
 from models.pyramid import Attention
-from models.segformer import CONFIGS, SegFormer
+from models.segformer import CONFIGS, AllMLPHead
 
 # The paper's methods: what aligns the embeddings beside CSF, between a SegFormer-B0 and a SegFormer-B2.
 METHODS: dict[str, type[PatchEmbeddingAlignment]] = {
@@ -69,13 +71,15 @@ LAYERS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {  # layer
     nn.LayerNorm: _norm,
     nn.BatchNorm2d: _norm,
     nn.ReLU: lambda layer, x, y: y.numel(),
+    nn.AvgPool2d: lambda layer, x, y: x.numel(),
+    nn.Upsample: lambda layer, x, y: y.numel(),
 }
 
 
-def _segformer_head(model: SegFormer, features: tuple[Tensor, ...]) -> Iterator[Count]:
+def _all_mlp_head(model: AllMLPHead, features: tuple[Tensor, ...]) -> Iterator[Count]:
     """The head as the published code calls it: all stages resized to stride 4 and concatenated before they are fused.
 
-    Ours computes the same from products of these weights, so no hook sees these layers. The classifier's does.
+    Ours computes the same from products of these weights and calls none of these layers, so no hook sees them.
     """
     for i, feature in enumerate(features, start=1):
         linear: nn.Linear = getattr(model, f"linear_c{i}").proj
@@ -85,20 +89,27 @@ def _segformer_head(model: SegFormer, features: tuple[Tensor, ...]) -> Iterator[
     fused = torch.empty(batch, conv.out_channels, h, w, device="meta")
     for name, kind, layer in (("conv", nn.Conv2d, conv), ("bn", nn.BatchNorm2d, bn), ("activate", nn.ReLU, None)):
         yield Count(f"linear_fuse.{name}", kind.__name__, LAYERS[kind](layer, fused, fused))
+    logits = torch.empty(batch, model.num_classes, h, w, device="meta")
+    yield Count("linear_pred", "Conv2d", _convolution(model.linear_pred, fused, logits))
 
 
 def _counts(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Iterator[Count]:
     """What one call of a module costs by itself; the modules inside it count for themselves."""
     if rule := LAYERS.get(type(module)):
         yield Count("", type(module).__name__, rule(module, inputs[0], output))
-    elif isinstance(module, SegFormer) and output.logits is not None:
-        yield from _segformer_head(module, output.features)
+    elif isinstance(module, AllMLPHead) and output.logits is not None:
+        yield from _all_mlp_head(module, output.features)
     elif isinstance(module, SelectiveKernelFusion) and inputs[1] is not None:
         yield Count("pool", "AdaptiveAvgPool2d", output[1].numel())
-    elif isinstance(module, Attention):
+    elif isinstance(module, Attention | RecursiveAtrousSelfAttention):
         x, h, w = inputs
         reduced = (h // module.sr_ratio) * (w // module.sr_ratio)  # tokens that give keys and values
-        yield Count("", ATTENTION, 2 * x.numel() * reduced)  # query · key, then weights · value
+        times = getattr(module, "RECURSIONS", 1)
+        yield Count("", ATTENTION, times * 2 * x.numel() * reduced)  # query · key, then weights · value
+    elif isinstance(module, ConvolutionalSelfAttention):
+        x, h, w = inputs
+        windows = len(x) * math.ceil(h / module.STRIDE) * math.ceil(w / module.STRIDE)
+        yield Count("", ATTENTION, windows * module.KERNEL**4 * x.shape[2])  # weights · value
     elif isinstance(module, SelfAttention):
         yield Count("", ATTENTION, 2 * inputs[0].numel() * inputs[0].shape[1])
 

@@ -3,8 +3,10 @@
 import json
 import math
 import zlib
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +21,37 @@ from models.distillation import (
     GLMixer,
     PatchEmbeddingAlignment,
 )
+from models.distillation.review import ReviewFusion
 
 FOLDER = Path(__file__).parent / "golden"
 INPUTS = {"A": (2, 3, 64, 128), "B": (1, 3, 96, 160), "C": (1, 3, 65, 131)}
-SEGFORMERS = {f"mit_b{i}": f"segformer_b{i}" for i in range(6)}
-ALIGNMENTS = {
-    "transkd_base_b0": PatchEmbeddingAlignment,
-    "transkd_gl_b0": GLMixer,
-    "transkd_gl_add_b0": lambda s, t: GLMixer(s, t, add=True),
-    "transkd_ea_b0": EmbeddingAssistant,
-    "skf_embed0_b0": None,
-    **{f"skf_embed{k}_b0": lambda s, t, k=k: PatchEmbeddingAlignment(s, t, (k,)) for k in range(1, 5)},
+PLAIN = {  # the published name of a model and ours
+    **{f"mit_b{i}": f"segformer_b{i}" for i in range(6)},
+    **{name: name for name in ("pvt_v2_b0", "pvt_v2_b2", "lvt")},
+}
+Modules = Callable[[tuple[int, ...], tuple[int, ...]], nn.Module]  # from the student's and the teacher's channels
+
+
+class Method(NamedTuple):
+    """What a published distiller combines."""
+
+    alignment: Modules | None = PatchEmbeddingAlignment
+    embed_weights: tuple[float, ...] = (0.1, 0.1, 0.5, 1.0)
+    fusion: Modules = CrossSelectiveFusion
+    student: str = "segformer_b0"
+    teacher: str = "segformer_b2"
+
+
+METHODS = {
+    "transkd_base_b0": Method(),
+    "transkd_gl_b0": Method(GLMixer),
+    "transkd_gl_add_b0": Method(partial(GLMixer, add=True)),
+    "transkd_ea_b0": Method(EmbeddingAssistant),
+    "skf_embed0_b0": Method(None),
+    **{f"skf_embed{k}_b0": Method(partial(PatchEmbeddingAlignment, stages=(k,)), (1.0,)) for k in range(1, 5)},
+    "transkd_base_pvt_v2_b0": Method(student="pvt_v2_b0", teacher="pvt_v2_b2"),
+    "transkd_base_lvt": Method(student="lvt"),
+    "reviewkd_b0": Method(None, fusion=ReviewFusion),
 }
 
 
@@ -90,19 +112,18 @@ def golden_labels() -> Tensor:
 
 def build(name: str, **options: object) -> Distiller:
     """The seeded distiller of a golden row; a plain model comes in a distiller without a teacher."""
-    if name in SEGFORMERS:
-        return Distiller(seed(create_model(SEGFORMERS[name])), CITYSCAPES.weights)
-    student, teacher = create_model("segformer_b0"), seed(create_model("segformer_b2"))
+    if name in PLAIN:
+        return Distiller(seed(create_model(PLAIN[name])), CITYSCAPES.weights)
+    method = METHODS[name]
+    student, teacher = create_model(method.student), seed(create_model(method.teacher))
     channels = student.channels, teacher.channels
-    make = ALIGNMENTS[name]
-    single = name.startswith("skf_embed")
     distiller = Distiller(
         student,
         CITYSCAPES.weights,
         teacher=teacher,
-        fusion=CrossSelectiveFusion(*channels),
-        alignment=make and make(*channels),
-        embed_weights=(1.0,) if single else (0.1, 0.1, 0.5, 1.0),
+        fusion=method.fusion(*channels),
+        alignment=method.alignment and method.alignment(*channels),
+        embed_weights=method.embed_weights,
         **options,
     )
     return seed(distiller)

@@ -1,4 +1,4 @@
-"""Every SegFormer and every method gives the numbers of the published code."""
+"""Every model and every method gives the numbers of the published code."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.classes import CITYSCAPES
-from models import create_model
+from models import SegmentationOutput, create_model
 from models.distillation.losses import (
     FEATURE_LOSSES,
     channel_wise_divergence,
@@ -14,9 +14,9 @@ from models.distillation.losses import (
 )
 from models.pyramid import DropPath
 from tests.golden_data import (
-    ALIGNMENTS,
     INPUTS,
-    SEGFORMERS,
+    METHODS,
+    PLAIN,
     arrays,
     build,
     golden_input,
@@ -26,8 +26,7 @@ from tests.golden_data import (
     seed,
 )
 
-METHODS = tuple(ALIGNMENTS)
-TRAINED = tuple(name for name in load("train_golden.json") if name in METHODS or name in SEGFORMERS)
+TRAINED = tuple(name for name in load("train_golden.json") if name in METHODS or name in PLAIN)
 
 
 def assert_golden(name: str, actual: Tensor, tolerance: float = 3e-5) -> None:
@@ -63,17 +62,17 @@ def without_randomness(module: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("name", [*SEGFORMERS, *METHODS])
+@pytest.mark.parametrize("name", [*PLAIN, *METHODS])
 def test_parameters_are_the_published_ones(name: str) -> None:
     manifest = load("manifest.json")[name]
-    model = create_model(SEGFORMERS[name]) if name in SEGFORMERS else build(name)
+    model = create_model(PLAIN[name]) if name in PLAIN else build(name)
     assert {published_key(k): list(v.shape) for k, v in model.state_dict().items()} == manifest["state_dict"]
     assert sum(p.numel() for p in model.parameters()) == manifest["total_params"]
 
 
-@pytest.mark.parametrize("name", SEGFORMERS)
-def test_segformer_outputs(name: str) -> None:
-    model = seed(create_model(SEGFORMERS[name])).eval()
+@pytest.mark.parametrize("name", PLAIN)
+def test_outputs(name: str) -> None:
+    model = seed(create_model(PLAIN[name])).eval()
     inputs = [i for i in INPUTS if f"{name}/eval/{i}/logits#stats" in arrays()]
     assert inputs
     for i in inputs:
@@ -95,10 +94,12 @@ def test_distillation_modules_in_evaluation(name: str, i: str) -> None:
         check_distiller(f"{name}/eval/{i}", distiller, images, student)
 
 
-def check_distiller(prefix: str, distiller: nn.Module, images: Tensor, student) -> None:
+def check_distiller(
+    prefix: str, distiller: nn.Module, images: Tensor, student: SegmentationOutput, tolerance: float = 3e-5
+) -> None:
     assert_golden(f"{prefix}/logits", student.logits)
     for k, fused in enumerate(distiller.fusion(student.features), start=1):
-        assert_golden(f"{prefix}/csf{k}", fused)
+        assert_golden(f"{prefix}/csf{k}", fused, tolerance)
     if distiller.alignment is not None:
         for k, projected in enumerate(distiller.alignment(images, student).values(), start=1):
             assert_golden(f"{prefix}/proj{k}", projected)
@@ -112,7 +113,8 @@ def test_training_mode_outputs_and_batch_statistics(name: str) -> None:
     if distiller.fusion is None:
         assert_golden(f"{name}/train/A/logits", student.logits)
     else:
-        check_distiller(f"{name}/train/A", distiller, images, student)
+        # BatchNorm over the two values of CSF's squeeze magnifies rounding.
+        check_distiller(f"{name}/train/A", distiller, images, student, tolerance=1e-4)
     buffers = {
         published_key(k) if name in METHODS else k.removeprefix("student."): v
         for k, v in distiller.state_dict().items()

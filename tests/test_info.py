@@ -1,7 +1,7 @@
 """Parameters and multiply-accumulates against the published ones, and the command that prints them."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 import cli
 from models import create_model
-from models.distillation import CrossSelectiveFusion, Distiller
+from models.distillation import Distiller
 from models.info import (
     ATTENTION,
     METHODS,
@@ -25,7 +25,8 @@ from models.info import (
     published_macs,
 )
 from tests.conftest import Command
-from tests.golden_data import ALIGNMENTS, SEGFORMERS, load, published_key
+from tests.golden_data import METHODS as GOLDEN_METHODS
+from tests.golden_data import PLAIN, Method, load, published_key
 
 PAPER = {  # parameters, GFLOPs as the paper's tables round them
     "segformer_b2": (27_362_004, "113.84"),
@@ -47,11 +48,11 @@ def summed(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
     return dict(total)
 
 
-def distiller(alignment: Callable[..., nn.Module] | None) -> Distiller:
-    student, teacher = create_model("segformer_b0"), create_model("segformer_b2")
+def distiller(method: Method) -> Distiller:
+    student, teacher = create_model(method.student), create_model(method.teacher)
     channels = student.channels, teacher.channels
-    modules = {"fusion": CrossSelectiveFusion(*channels), "alignment": alignment and alignment(*channels)}
-    return Distiller(student, None, **modules).eval()
+    alignment = method.alignment and method.alignment(*channels)
+    return Distiller(student, None, fusion=method.fusion(*channels), alignment=alignment).eval()
 
 
 def top_module(count: Count, method: bool) -> str:
@@ -60,12 +61,12 @@ def top_module(count: Count, method: bool) -> str:
     return ".".join(parts[:2]) if method and parts[0] == "student" else parts[0]
 
 
-@pytest.mark.parametrize("name", [*SEGFORMERS, *ALIGNMENTS])
+@pytest.mark.parametrize("name", [*PLAIN, *GOLDEN_METHODS])
 def test_macs_are_the_published_ones_layer_by_layer(name: str) -> None:
     golden = load("gflops.json")[name]
-    method = name in ALIGNMENTS
+    method = name in GOLDEN_METHODS
     with torch.device("meta"):
-        module = distiller(ALIGNMENTS[name]) if method else build(SEGFORMERS[name])
+        module = distiller(GOLDEN_METHODS[name]) if method else build(PLAIN[name])
     counts = [count for count in count_macs(module, cityscapes()) if count.kind != ATTENTION]
     assert published_macs(counts) == golden["macs_total"]
     assert summed((c.kind, c.macs) for c in counts) == golden["by_type"]
@@ -90,10 +91,12 @@ class AttentionProducts(TorchFunctionMode):
         if func is nn.functional.scaled_dot_product_attention:
             query, key, value = args
             self.macs += query.numel() * key.shape[-2] + query[..., 0].numel() * value[0, 0].numel()
+        elif func is torch.Tensor.matmul and args[0].dim() == 5:  # LVT's scores · values
+            self.macs += args[0].numel() * args[1].shape[-1]
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["segformer_b0", "segformer_b2", *METHODS])
+@pytest.mark.parametrize("name", ["segformer_b0", "segformer_b2", "pvt_v2_b0", "lvt", *METHODS])
 @pytest.mark.parametrize("size", [(512, 1024), (65, 131)])
 def test_full_macs_add_the_attention_products(name: str, size: tuple[int, int]) -> None:
     with torch.device("meta"):

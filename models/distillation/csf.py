@@ -5,15 +5,17 @@ From the deepest stage up, each student feature is fused with what came from bel
 expanded to the teacher's width.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class SelectiveKernelFusion(nn.Module):
-    """One stage of CSF: squeeze to `mid` channels, fuse with the deeper stage's map, expand to the teacher's width."""
+class StageFusion(nn.Module):
+    """One stage: squeeze to `mid` channels, fuse with the deeper stage's map, expand to the teacher's width."""
 
-    def __init__(self, student_channels: int, teacher_channels: int, *, mid: int = 64, fuses: bool = True) -> None:
+    def __init__(self, student_channels: int, teacher_channels: int, mid: int = 64) -> None:
         super().__init__()
         squeeze = nn.Conv2d(student_channels, mid, 1, bias=False)
         expand = nn.Conv2d(mid, teacher_channels, 3, padding=1, bias=False)
@@ -21,6 +23,24 @@ class SelectiveKernelFusion(nn.Module):
         nn.init.kaiming_uniform_(expand.weight, a=1)
         self.conv1 = nn.Sequential(squeeze, nn.BatchNorm2d(mid))
         self.conv2 = nn.Sequential(expand, nn.BatchNorm2d(teacher_channels))
+
+    def forward(self, feature: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
+        """F_i (B, C_S, h, w) and the deeper stage's fused map -> (B, C_T, h, w) and the fused map (B, mid, h, w)."""
+        x = self.conv1(feature)
+        if deeper is not None:
+            x = self.fuse(x, F.interpolate(deeper, x.shape[-2:], mode="nearest"))
+        return self.conv2(x), x
+
+    def fuse(self, x: Tensor, y: Tensor) -> Tensor:
+        """This stage's map and the deeper one's, (B, mid, h, w) both -> the same shape."""
+        raise NotImplementedError
+
+
+class SelectiveKernelFusion(StageFusion):
+    """One stage of CSF."""
+
+    def __init__(self, student_channels: int, teacher_channels: int, *, mid: int = 64, fuses: bool = True) -> None:
+        super().__init__(student_channels, teacher_channels, mid)
         if fuses:
             reduced = mid // 2
             self.fc = nn.Sequential(nn.Conv2d(mid, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU())
@@ -29,16 +49,20 @@ class SelectiveKernelFusion(nn.Module):
             self.fc1 = nn.Sequential(nn.Conv2d(mid, reduced, 1, bias=False), nn.ReLU())
             self.fcs = nn.ModuleList([nn.Conv2d(reduced, mid, 1) for _ in range(2)])
 
-    def forward(self, feature: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
-        """F_i (B, C_S, h, w) and the deeper stage's fused map -> (B, C_T, h, w) and the fused map (B, mid, h, w)."""
-        x = self.conv1(feature)
-        if deeper is not None:
-            y = F.interpolate(deeper, x.shape[-2:], mode="nearest")
-            s = (x + y).mean((2, 3), keepdim=True)  # (B, mid, 1, 1)
-            z = self.fc(s) if len(s) > 1 else self.fc1(s)
-            a_x, a_y = torch.stack([fc(z) for fc in self.fcs]).softmax(0)  # they sum to one per channel
-            x = a_x * x + a_y * y
-        return self.conv2(x), x
+    def fuse(self, x: Tensor, y: Tensor) -> Tensor:
+        s = (x + y).mean((2, 3), keepdim=True)  # (B, mid, 1, 1)
+        z = self.fc(s) if len(s) > 1 else self.fc1(s)
+        a_x, a_y = torch.stack([fc(z) for fc in self.fcs]).softmax(0)  # they sum to one per channel
+        return a_x * x + a_y * y
+
+
+def fuse_top_down(stages: nn.ModuleList, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """F1..F4 (B, C_S, h_i, w_i) through `stages`, deepest first -> fused features 1..4 (B, C_T, h_i, w_i)."""
+    fused, deeper = [], None
+    for stage, feature in zip(stages, reversed(features), strict=True):
+        out, deeper = stage(feature, deeper)
+        fused.append(out)
+    return tuple(reversed(fused))
 
 
 class CrossSelectiveFusion(nn.Module):
@@ -51,8 +75,4 @@ class CrossSelectiveFusion(nn.Module):
 
     def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Student features F1..F4 (B, C_S, h_i, w_i) -> fused features 1..4 (B, C_T, h_i, w_i)."""
-        fused, deeper = [], None
-        for skf, feature in zip(self.skfs, reversed(features), strict=True):
-            out, deeper = skf(feature, deeper)
-            fused.append(out)
-        return tuple(reversed(fused))
+        return fuse_top_down(self.skfs, features)

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from cli import UserError
-from models.distillation.csf import CrossSelectiveFusion
+from models.base import SegmentationModel, SegmentationOutput
 from models.distillation.losses import cross_entropy, embedding_loss, hierarchical_context_loss
 from models.distillation.pea import PatchEmbeddingAlignment
-from models.base import SegmentationModel, SegmentationOutput
 
 FeatureLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
@@ -27,7 +26,7 @@ class Distiller(nn.Module):
         student: the network that learns.
         class_weights: one per output, 0 for the ignore index, which is the last; None weighs all classes alike.
         teacher: frozen here, in eval mode, moved with the distiller but neither saved nor trained with it.
-        fusion: CSF, or None for no feature-map loss.
+        fusion: CSF (or Knowledge Review's), or None for no feature-map loss.
         alignment: PEA, GL-Mixer or EA, or None for no embedding loss.
         feature_loss: between the fused features and the teacher's; `feature_loss_name` is its name in the logs.
         feature_weight: its weight.
@@ -37,6 +36,7 @@ class Distiller(nn.Module):
         UserError: the teacher is narrower than the student.
     """
 
+    needs_teacher_logits = False  # TransKD's losses don't; without them the teacher's decode head does not run
     class_weights: Tensor
 
     def __init__(
@@ -45,7 +45,7 @@ class Distiller(nn.Module):
         class_weights: Sequence[float] | None,
         *,
         teacher: SegmentationModel | None = None,
-        fusion: CrossSelectiveFusion | None = None,
+        fusion: nn.Module | None = None,
         alignment: PatchEmbeddingAlignment | None = None,
         feature_loss: FeatureLoss = hierarchical_context_loss,
         feature_loss_name: str = "hcl",
@@ -78,7 +78,7 @@ class Distiller(nn.Module):
         losses = {"ce": cross_entropy(student.logits, labels, self.class_weights)}
         if self.teacher is not None:
             with torch.no_grad():
-                teacher = self.teacher(images, logits=False)
+                teacher = self.teacher(images, logits=self.needs_teacher_logits)
             losses |= self.distillation_losses(images, student, teacher)
         return losses
 

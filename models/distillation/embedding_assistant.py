@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from models.base import SegmentationOutput
 from models.distillation.pea import ALL_STAGES, PatchEmbeddingAlignment
 from models.pyramid import init_weights, patch_embeddings
-from models.base import SegmentationOutput
 
 
 class EmbeddingAssistant(PatchEmbeddingAlignment):

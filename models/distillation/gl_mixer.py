@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.distillation.pea import ALL_STAGES, PatchEmbeddingAlignment
+from cli import UserError
 from models.base import SegmentationOutput
+from models.distillation.pea import ALL_STAGES, PatchEmbeddingAlignment
 
 
 class SelfAttention(nn.Module):
@@ -29,6 +30,9 @@ class GLMixer(PatchEmbeddingAlignment):
 
     Global is self-attention, local a gated convolution over the token sequence. The two learnable scalars start
     at 1; the published code leaves them uninitialised.
+
+    Raises:
+        UserError: stage 4 is not among `stages`.
     """
 
     MIXED_STAGE = 4
@@ -41,6 +45,8 @@ class GLMixer(PatchEmbeddingAlignment):
         *,
         add: bool = False,
     ) -> None:
+        if self.MIXED_STAGE not in stages:
+            raise UserError(f"GL-Mixer mixes stage {self.MIXED_STAGE}, which is not aligned; use --embed 4 or 5")
         super().__init__(student_channels, teacher_channels, stages)
         channels = student_channels[self.MIXED_STAGE - 1]
         self.add = add

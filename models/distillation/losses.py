@@ -18,7 +18,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
         labels: (B, h, w) integers below K.
         weight: (K,); 0 for the ignore index. A batch without a pixel that counts gives 0.
     """
-    labels, logits = labels.long(), _full(logits)
+    labels, logits = labels.long(), full_precision(logits)
     total = F.cross_entropy(logits, labels, weight, reduction="sum")
     return total / weight[labels].sum().clamp_min(torch.finfo(weight.dtype).tiny)
 
@@ -34,7 +34,7 @@ def hierarchical_context_loss(student: Sequence[Tensor], teacher: Sequence[Tenso
     """
     total = student[0].new_zeros(())
     for s, t in zip(student, teacher, strict=True):
-        s, t = _full(s), _full(t)
+        s, t = full_precision(s), full_precision(t)
         loss, weight, weights = F.mse_loss(s, t), 1.0, 1.0
         difference = s - t  # pooling is linear: pool the difference once instead of both maps
         for level in (4, 2, 1):
@@ -65,10 +65,10 @@ def pixel_wise_divergence(student: Sequence[Tensor], teacher: Sequence[Tensor], 
 
 def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error of two embeddings (B, N, C)."""
-    return F.mse_loss(_full(student), _full(teacher))
+    return F.mse_loss(full_precision(student), full_precision(teacher))
 
 
-def _full(x: Tensor) -> Tensor:
+def full_precision(x: Tensor) -> Tensor:
     """Losses are computed in float32 at least, also where the networks run in bfloat16."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
@@ -78,7 +78,7 @@ def _divergence(pairs: Sequence[tuple[Tensor, Tensor]], dim: int, temperature: f
     total = pairs[0][0].new_zeros(())
     for s, t in pairs:
         # log-softmax: the published log of a softmax underflows to NaN
-        log_s, log_t = ((_full(x) / temperature).log_softmax(dim) for x in (s, t))
+        log_s, log_t = ((full_precision(x) / temperature).log_softmax(dim) for x in (s, t))
         divergence = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
         total = total + divergence / (s.numel() / s.shape[dim])
     return total * temperature**2

@@ -1,0 +1,152 @@
+"""The paper's ablations and baselines: what each compares, and that a name trains what its own script trains."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cli import UserError
+from datasets.classes import CITYSCAPES
+from models import SegmentationModel, SegmentationOutput, create_model, load_model, save_model
+from models.checkpoints import strip_wrappers
+from models.distillation import Distiller
+from models.distillation.methods import METHODS, Settings
+from models.distillation.response import ResponseDistiller
+from models.distillation.skd import pairwise_similarity_loss
+from tests.golden_data import golden_input, golden_labels, seed
+from train import TransKDBase, distill
+
+EMBEDS = ["embed1", "embed2", "embed3", "embed4"]
+LOSSES = {
+    **{name: ["hcl", *EMBEDS] for name in ("transkd_base", "transkd_gl", "transkd_gl_add", "transkd_ea", "gl_ea")},
+    **{name: ["hcl"] for name in ("csf", "reviewkd")},
+    **{name: EMBEDS for name in ("pea", "ea")},
+    **{name: [name] for name in ("response", "cwd", "cwd_logits")},
+    "skd": ["pairwise"],
+}
+
+
+@pytest.fixture(scope="module")
+def teacher() -> SegmentationModel:
+    return seed(create_model("segformer_b1"))
+
+
+def build(name: str, teacher: SegmentationModel, **settings: object) -> Distiller:
+    return seed(METHODS[name](create_model("segformer_b0"), teacher, CITYSCAPES.weights, Settings(**settings)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns(name: str, teacher: SegmentationModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its terms, a gradient for every parameter, and the teacher's head only where its logits are compared."""
+    heads = []
+    decode = teacher.decode
+    monkeypatch.setattr(teacher, "decode", lambda features: heads.append(1) or decode(features))
+    distiller = build(name, teacher).train()
+    losses = distiller(golden_input("A"), golden_labels())
+    assert list(losses) == ["ce", *LOSSES[name]]
+    assert len(heads) == (name in ("response", "cwd_logits"))
+    sum(losses[term] for term in LOSSES[name]).backward()
+    for term, loss in losses.items():
+        assert torch.isfinite(loss) and loss > 0, term
+    untouched = {k for k, p in distiller.named_parameters() if p.grad is None and not k.startswith("student.")}
+    assert all("fc1.0" in key for key in untouched)  # CSF's squeeze for a batch of one
+    assert distiller.student.patch_embed1.proj.weight.grad.abs().max() > 0
+    assert strip_wrappers(distiller.state_dict()).keys() == distiller.student.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["response", "cwd", "cwd_logits", "skd", "reviewkd"])
+def test_losses_stay_in_float32(name: str, teacher: SegmentationModel) -> None:
+    distiller = build(name, teacher).eval()
+    with torch.no_grad():
+        exact = distiller(golden_input("A"), golden_labels())
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = distiller(golden_input("A"), golden_labels())
+    for term, loss in rounded.items():
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(exact[term].item(), rel=0.1), term
+
+
+def outputs(classes: int) -> SegmentationOutput:
+    return SegmentationOutput(torch.randn(2, classes, 3, 5), (), ())
+
+
+def test_response_is_hintons_loss_over_the_classes_that_count(teacher: SegmentationModel) -> None:
+    distiller = ResponseDistiller(create_model("segformer_b0"), None, teacher=teacher, weight=2, temperature=3)
+    s, t = outputs(20), outputs(20)
+    p, q = (out.logits[:, :19].permute(0, 2, 3, 1).reshape(-1, 19).div(3).softmax(1) for out in (t, s))
+    expected = 2 * 3**2 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(distiller.distillation_losses(golden_input("A"), s, t)["response"], expected)
+    s.logits[:, 19], t.logits[:, 19] = 50, -50  # "ignore"
+    torch.testing.assert_close(distiller.distillation_losses(golden_input("A"), s, t)["response"], expected)
+
+
+@pytest.mark.parametrize("name", ["response", "cwd_logits"])
+def test_logits_of_other_classes_are_refused(name: str) -> None:
+    """A teacher without an output for "ignore" is welcome."""
+    assert build(name, create_model("segformer_b1", 19)).needs_teacher_logits
+    with pytest.raises(UserError, match="the teacher has 40 outputs and the student 20"):
+        build(name, create_model("segformer_b1", 40))
+
+
+def test_pairwise_similarities() -> None:
+    s, t = torch.randn(2, 3, 2, 2), torch.randn(2, 5, 2, 2)
+    expected = 0.0
+    for b in range(2):
+        for i in range(4):
+            for j in range(4):
+                pairs = ((x[b].flatten(1)[:, i], x[b].flatten(1)[:, j]) for x in (s, t))
+                a_s, a_t = (F.cosine_similarity(x, y, dim=0) for x, y in pairs)
+                expected += (a_s - a_t) ** 2 / (2 * 4 * 4)
+    torch.testing.assert_close(pairwise_similarity_loss(s, t), expected)
+    assert pairwise_similarity_loss(t, 3 * t) < 1e-12
+
+
+def test_one_stage_and_its_limits(teacher: SegmentationModel) -> None:
+    distiller = build("pea", teacher, stages=(3,), losses={"embed_weights": (1.0,)})
+    assert list(distiller(golden_input("A"), golden_labels())) == ["ce", "embed3"]
+    for name in ("transkd_gl", "gl_ea"):
+        with pytest.raises(UserError, match="stage 4"):
+            build(name, teacher, stages=(3,))
+
+
+@pytest.mark.parametrize(("name", "own"), [("skd", {"temperature": 2.0}), ("csf", {"weight": 2.0})])
+def test_settings_that_a_method_does_not_have(name: str, own: dict, teacher: SegmentationModel) -> None:
+    with pytest.raises(UserError, match=f"no --kd-{next(iter(own))}"):
+        build(name, teacher, baseline=own)
+
+
+def test_weight_and_temperature_reach_the_loss(teacher: SegmentationModel) -> None:
+    once, twice = (build("cwd", teacher, baseline={"weight": w, "temperature": 2.0}).eval() for w in (1.0, 2.0))
+    with torch.no_grad():
+        a, b = (d(golden_input("A"), golden_labels())["cwd"] for d in (once, twice))
+    assert once.temperature == 2 and b.item() == pytest.approx(2 * a.item())
+
+
+@pytest.mark.slow
+def test_a_name_trains_as_the_methods_own_script(teacher: SegmentationModel, scenes: Path, tmp_path: Path) -> None:
+    save_model(teacher, tmp_path / "teacher.safetensors")
+    common: dict[str, Any] = {
+        "datadir": scenes,
+        "height": 64,
+        "max_steps": 2,
+        "num_workers": 0,
+        "tensorboard": False,
+        "device": "cpu",
+        "teacher_model": teacher.name,
+        "teacher_weights": tmp_path / "teacher.safetensors",
+    }
+    TransKDBase.main(TransKDBase.Options(output_dir=tmp_path / "script", **common))
+    distill.main(distill.Options(method="transkd_base", output_dir=tmp_path / "name", **common))
+    distill.main(distill.Options(method="skd", student_model="lvt", output_dir=tmp_path / "skd", **common))
+    a, b, lvt = (load_model(tmp_path / run / "student.safetensors") for run in ("script", "name", "skd"))
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert lvt.name == "lvt"
+    assert '"pairwise"' in (tmp_path / "skd" / "metrics.jsonl").read_text()
+    assert json.loads((tmp_path / "name" / "options.json").read_text())["method"] == "transkd_base"
+
+
+def test_names() -> None:
+    assert set(LOSSES) | {"student"} == set(distill.NAMES)

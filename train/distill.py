@@ -1,0 +1,68 @@
+"""Any method by its name, the paper's baselines and ablations among them, under one recipe.
+
+python train/distill.py --method reviewkd --dataset cityscapes --datadir DIR --teacher-weights FILE
+
+student                                     alone, without a teacher
+transkd_base, transkd_gl, transkd_ea        the paper's methods, as by their own scripts
+transkd_gl_add, gl_ea                       GL-Mixer that keeps the embedding; GL-Mixer with EA
+csf, pea, ea                                one part alone; --embed 1 … 4 aligns one stage alone
+reviewkd                                    Knowledge Review
+response, cwd, cwd_logits, skd              class probabilities; channel-wise on features, on logits; pairwise
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
+
+import cli
+from models.distillation import Distiller
+from models.distillation.methods import METHODS, Settings
+from train.engine import start, train
+from train.options import DistillationOptions
+
+ALONE = "student"
+NAMES = (ALONE, *METHODS)
+
+
+@dataclass(kw_only=True)
+class Options(DistillationOptions):
+    """Train a student with any method."""
+
+    method: Literal[NAMES]  # type: ignore[valid-type, misc]
+    """The method."""
+    kd_weight: float | None = None
+    """Weight of the loss of response, cwd, cwd_logits, skd. Default: the method's own."""
+    kd_temperature: float | None = None
+    """Temperature of response, cwd, cwd_logits. Default: the method's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kd_temperature is not None and not self.kd_temperature > 0:
+            raise cli.UserError(f"--kd-temperature is {self.kd_temperature}; it must be positive")
+        if self.method == ALONE and self.settings.baseline:
+            raise cli.UserError("a student alone has no --kd-weight or --kd-temperature; leave it out")
+
+    @property
+    def settings(self) -> Settings:
+        own = {"weight": self.kd_weight, "temperature": self.kd_temperature}
+        return Settings(self.stages, self.losses(), {name: value for name, value in own.items() if value is not None})
+
+
+def main(options: Options) -> None:
+    setup = start(options)
+    classes = setup.classes
+    student = options.student(classes.num_outputs)
+    if options.method == ALONE:
+        distiller = Distiller(student, classes.weights)
+    else:
+        teacher = options.teacher(classes.num_outputs)
+        distiller = METHODS[options.method](student, teacher, classes.weights, options.settings)
+    train(distiller, setup, options)
+
+
+if __name__ == "__main__":
+    cli.run(main, Options)
