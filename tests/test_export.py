@@ -1,0 +1,249 @@
+"""Weights out: every export is read back by the library it is for. Weights in: what they expect of their input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import SegformerForSemanticSegmentation, SegformerImageProcessorPil
+
+from cli import UserError
+from datasets.classes import CITYSCAPES
+from datasets.transforms import resize_image, to_float
+from models import SegFormer, create_model, load_backbone, load_model, load_weights, save_model
+from models.checkpoints import IMAGENET, to_huggingface
+from models.export import Options, main
+from tests.conftest import Command
+from tests.golden_data import seed
+from tests.test_peers import huggingface_config, randomise, with_segformers_eps
+from train.TransKDBase import Options as TrainingOptions
+
+IMAGES = torch.rand((2, 3, 65, 130), generator=torch.Generator().manual_seed(3))
+ODD = torch.rand((1, 3, 70, 33), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def network() -> SegFormer:
+    return seed(create_model("segformer_b0")).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(network: SegFormer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "student.safetensors"
+    save_model(network, path, method="TransKD_EA", dataset="ACDC", step=7, mean_iou=0.5891)
+    return path
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images).logits
+
+
+def photograph() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 171, 3), np.uint8))
+
+
+def ours(model: nn.Module, height: int) -> Tensor:
+    """Logits of the photograph as this project predicts it."""
+    pixels = torch.from_numpy(np.array(resize_image(photograph(), height)))
+    return logits(model, to_float(pixels.permute(2, 0, 1)[None]))
+
+
+def theirs(folder: Path) -> Tensor:
+    """Logits of the photograph by transformers alone, as a model card says."""
+    processor = SegformerImageProcessorPil.from_pretrained(folder)
+    model = SegformerForSemanticSegmentation.from_pretrained(folder).eval()
+    return logits(lambda images: with_segformers_eps(model)(**images), processor(photograph(), return_tensors="pt"))
+
+
+def test_huggingface_folder(weights: Path, network: SegFormer, command: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "student"
+    flags = ("-m", "models.export", "--weights", weights, "--format", "hf", "--output", folder, "--height", 64)
+    done = command(*flags)
+    assert done.returncode == 0, done.stderr
+    assert "3.72 M parameters" in done.stdout and "compared with ours" in done.stdout and not done.stderr
+    assert [path.name for path in folder.parent.iterdir()] == ["student"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["SegformerForSemanticSegmentation"]
+    assert list(config["id2label"].values()) == [*CITYSCAPES.names, "ignore"]
+    torch.testing.assert_close(theirs(folder), ours(network, 64), rtol=1e-4, atol=1e-5)
+    assert theirs(folder).shape == (1, 20, 16, 31)  # 90×171 becomes 64×121
+    card = (folder / "README.md").read_text()
+    assert "58.91 % mIoU" in card and "trained on ACDC" in card and "TransKD_EA" in card
+    back = load_model(folder)
+    assert back.normalisation is None
+    assert torch.equal(logits(back, IMAGES), logits(network, IMAGES))
+    again = command(*flags)
+    assert again.returncode == 2 and "is there already" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argmax", [False, True])
+def test_onnx(argmax: bool, weights: Path, network: SegFormer, tmp_path: Path) -> None:
+    import onnx
+    import onnxruntime
+
+    path = tmp_path / "student.onnx"
+    main(Options(weights=weights, format="onnx", output=path, argmax=argmax))
+    assert [file.name for file in tmp_path.iterdir()] == ["student.onnx"]  # weights inside
+    onnx.checker.check_model(path, full_check=True)
+    session = onnxruntime.InferenceSession(path)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [*CITYSCAPES.names, "ignore"]
+    for images in (IMAGES, ODD, torch.rand(3, 3, 64, 64)):
+        expected = logits(network, images).numpy()
+        (actual,) = session.run(None, {"images": images.numpy()})
+        if argmax:
+            assert actual.dtype == np.uint8
+            np.testing.assert_array_equal(actual, expected.argmax(1))
+        else:
+            np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+
+
+def test_bare_weights(weights: Path, network: SegFormer, tmp_path: Path) -> None:
+    """From a distilled checkpoint as published, the student alone; from our files, with what they tell."""
+    released = tmp_path / "released.pth"
+    state = {f"module.student.{key}": value for key, value in network.state_dict().items()}
+    torch.save(state | {"module.embed1_linearproject.weight": torch.zeros(2)}, released)
+    main(Options(weights=released, format="torch", output=tmp_path / "student.pth"))
+    bare = torch.load(tmp_path / "student.pth", weights_only=True)
+    assert bare.keys() == network.state_dict().keys()
+    assert torch.equal(logits(load_model(tmp_path / "student.pth"), IMAGES), logits(network, IMAGES))
+    main(Options(weights=weights, format="safetensors", output=tmp_path / "copy.safetensors"))
+    with safe_open(weights, "pt") as before, safe_open(tmp_path / "copy.safetensors", "pt") as after:
+        assert before.metadata() == after.metadata()
+
+
+@pytest.mark.parametrize("kind", ["hf", "onnx"])
+def test_other_networks_are_refused(kind: str, tmp_path: Path) -> None:
+    save_model(create_model("pvt_v2_b0"), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="pvt_v2_b0 is none; choose safetensors"):
+        main(Options(weights=tmp_path / "w.safetensors", format=kind, output=tmp_path / "new.onnx"))
+
+
+def test_a_wrong_export_is_not_written(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = to_huggingface(state)
+        query = "segformer.encoder.block.0.0.attention.self.query.weight"
+        return state | {query: -state[query]}
+
+    monkeypatch.setattr("models.export.to_huggingface", swapped)
+    with pytest.raises(UserError, match="differs from ours"):
+        main(Options(weights=weights, format="hf", output=tmp_path / "hf"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"format": "mmseg"}, "BatchNorm and ReLU on every stage"),
+        ({"format": "torch", "argmax": True}, "--argmax is for onnx"),
+        ({"format": "onnx"}, "must end in .onnx"),
+        ({"format": "safetensors"}, "must end in .safetensors"),
+        ({"format": "hf", "weights": Path("nowhere")}, "nowhere"),
+    ],
+)
+def test_mistakes(flags: dict, says: str, weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        main(Options(**{"weights": weights, "output": tmp_path / "student.txt"} | flags))
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+# What weights that were trained elsewhere expect ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A public SegFormer on Cityscapes: 19 classes, and a processor that normalises."""
+    folder = tmp_path_factory.mktemp("foreign")
+    randomise(SegformerForSemanticSegmentation(huggingface_config("segformer_b0", 19))).save_pretrained(folder)
+    SegformerImageProcessorPil(size={"shortest_edge": 64}).save_pretrained(folder)
+    return folder
+
+
+def test_their_preprocessing_is_honoured(foreign: Path, tmp_path: Path) -> None:
+    """In: from the folder and from the file in it. Out: through our safetensors, through a folder of ours."""
+    model = load_model(foreign)
+    assert model.normalisation == IMAGENET and model.num_classes == 19
+    expected = theirs(foreign)
+    torch.testing.assert_close(ours(model, 64), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ours(seed_free(model), 64), expected, rtol=1e-2)
+
+    for output, kind in ((tmp_path / "w.safetensors", "safetensors"), (tmp_path / "hf", "hf")):
+        main(Options(weights=foreign / "model.safetensors", format=kind, output=output, height=64))
+        assert torch.equal(ours(load_model(output), 64), ours(model, 64))
+    torch.testing.assert_close(theirs(tmp_path / "hf"), expected)
+    with pytest.raises(UserError, match="use safetensors"):
+        main(Options(weights=foreign, format="torch", output=tmp_path / "w.pth"))
+
+    for load in (load_weights, load_backbone):
+        started = create_model("segformer_b0", 19).eval()
+        load(started, tmp_path / "w.safetensors")
+        assert torch.equal(ours(started, 64), ours(model, 64))
+    assert "normalisation" not in "".join(model.state_dict())
+
+
+def seed_free(model: SegFormer) -> SegFormer:
+    """The same weights without the normalisation."""
+    bare = create_model(model.name, model.num_classes).eval()
+    bare.load_state_dict(model.state_dict())
+    return bare
+
+
+def test_processors_of_other_kinds(foreign: Path, tmp_path: Path) -> None:
+    state = to_huggingface(create_model("segformer_b0").state_dict())
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
+    file = tmp_path / "preprocessor_config.json"
+    for processor, expected in (
+        ({}, IMAGENET),  # their defaults
+        ({"do_normalize": False}, None),
+        ({"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1]}, ((0.5,) * 3, (1.0,) * 3)),
+        ({"do_normalize": False, "do_rescale": False}, ((0.0,) * 3, (1 / 255,) * 3)),  # wants 0 to 255
+    ):
+        file.write_text(json.dumps(processor))
+        assert load_model(tmp_path).normalisation == expected
+    for damaged in ("[]", "{", '{"image_mean": [1]}', '{"image_std": null}'):
+        file.write_text(damaged)
+        with pytest.raises(UserError, match=r"preprocessor_config\.json is no image processor"):
+            load_model(tmp_path)
+
+
+def test_releases_of_the_segformer_repository(network: SegFormer, tmp_path: Path) -> None:
+    """mmcv's checkpoint: backbone and head prefixed, an unused classifier of the base class; trained normalised."""
+    state = {
+        f"{'decode_head' if key.startswith('linear_') else 'backbone'}.{key}": value
+        for key, value in network.state_dict().items()
+    }
+    state |= {"decode_head.conv_seg.weight": torch.zeros(20, 128, 1, 1), "decode_head.conv_seg.bias": torch.zeros(20)}
+    path = tmp_path / "segformer.b0.1024x1024.city.160k.pth"
+    torch.save({"meta": {"epoch": 3}, "state_dict": state}, path)
+    model = load_model(path)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+    torch.testing.assert_close(logits(model, IMAGES), logits(network, (IMAGES - mean) / std))
+
+
+def test_a_foreign_teacher_teaches(foreign: Path, command: Command, scenes: Path, tmp_path: Path) -> None:
+    done = command(
+        *("train/TransKDBase.py", "--datadir", scenes, "--teacher-weights", foreign, "--teacher-model", "segformer_b0"),
+        *("--height", 64, "--num-workers", 0, "--max-steps", 1, "--no-tensorboard", "--device", "cpu"),
+        *("--validate-teacher", "--output-dir", tmp_path / "run"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert load_model(tmp_path / "run" / "student.safetensors").num_classes == 20
+
+
+def test_a_teacher_of_another_kind_is_named(foreign: Path, tmp_path: Path) -> None:
+    options = TrainingOptions(datadir=tmp_path, teacher_weights=foreign)
+    with pytest.raises(UserError, match=r"does not fit segformer_b2; it looks like segformer_b0") as error:
+        options.teacher(20)
+    assert "\n" not in str(error.value)
+    options = TrainingOptions(
+        datadir=tmp_path, teacher_weights=foreign, teacher_model="segformer_b0", validate_teacher=True
+    )
+    assert options.teacher(20).num_classes == 19
+    with pytest.raises(UserError, match="19 classes of another kind"):
+        options.teacher(12)

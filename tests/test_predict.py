@@ -1,0 +1,175 @@
+"""Predicting on any photographs: the same as evaluation's pictures, by every kind of weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cli import UserError
+from datasets.classes import CITYSCAPES
+from eval.predict import Options, labels_at, main
+from models import SegFormer, create_model, save_model
+from models.export import Options as ExportOptions
+from models.export import main as export
+from tests.conftest import Command
+from tests.golden_data import seed
+
+KINDS = ("color", "overlay", "label_ids", "side_by_side")
+
+
+@pytest.fixture(scope="module")
+def network() -> SegFormer:
+    """Random weights, balanced so that many classes are predicted; "ignore" wins everywhere if it may."""
+    model = seed(create_model("segformer_b0")).eval()
+    with torch.no_grad():
+        logits = model(torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(0))).logits
+        model.linear_pred.bias -= logits.mean(dim=(0, 2, 3))
+        model.linear_pred.bias[19] += 1e6
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights(network: SegFormer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "student.safetensors"
+    save_model(network, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two of one size and one upright, in a folder with a subfolder and something else in it."""
+    root, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for name, size in (("a.png", (80, 150)), ("sub/b.JPG", (80, 150)), ("sub/c.png", (101, 75))):
+        (root / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / name)
+    (root / "notes.txt").write_text("no photograph")
+    return root
+
+
+def pictures(folder: Path) -> dict[str, Image.Image]:
+    return {str(path.relative_to(folder)): Image.open(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def expected(network: SegFormer, photograph: Image.Image, height: int = 64) -> np.ndarray:
+    """From the definition: resize, logits, upsample, the likeliest real class."""
+    scale = height / min(photograph.size)
+    size = (max(height, int(photograph.width * scale)), max(height, int(photograph.height * scale)))
+    pixels = np.array(photograph.convert("RGB").resize(size, Image.Resampling.BILINEAR))
+    with torch.no_grad():
+        logits = network(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255).logits[:, :19]
+    full = (photograph.height, photograph.width)
+    return torch.nn.functional.interpolate(logits, full, mode="bilinear")[0].argmax(0).numpy()
+
+
+def test_a_folder_by_command(
+    network: SegFormer, weights: Path, photographs: Path, command: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "out"
+    flags = (photographs, "--weights", weights, "--output-dir", out, "--height", 64, "--kinds", *KINDS)
+    done = command("eval/predict.py", *flags, "--batch-size", 2)
+    assert done.returncode == 0, done.stderr
+    assert "3 photographs" in done.stdout
+    made = pictures(out)
+    assert set(made) == {f"{kind}/{name}.png" for kind in KINDS for name in ("a", "sub/b", "sub/c")}
+    for name, source in (("a", "a.png"), ("sub/b", "sub/b.JPG"), ("sub/c", "sub/c.png")):
+        photograph = Image.open(photographs / source)
+        labels = expected(network, photograph)
+        assert len(np.unique(labels)) > 3
+        color, ids, overlay = (np.asarray(made[f"{kind}/{name}.png"]) for kind in ("color", "label_ids", "overlay"))
+        assert np.mean(color == CITYSCAPES.palette[labels]) > 0.999  # ties apart
+        assert np.mean(ids == np.asarray(CITYSCAPES.label_ids)[labels]) > 0.999
+        blend = (np.asarray(photograph.convert("RGB"), float) + color) / 2
+        assert np.abs(overlay - blend).max() <= 1
+        assert made[f"side_by_side/{name}.png"].height > photograph.height
+
+
+def test_every_kind_of_weights(weights: Path, photographs: Path, tmp_path: Path) -> None:
+    """A folder for Hugging Face gives the very same pictures; so does batching."""
+    export(ExportOptions(weights=weights, format="hf", output=tmp_path / "hf"))
+    for name, file, batch_size in (("ours", weights, 1), ("hf", tmp_path / "hf", 3)):
+        main(Options((str(photographs),), file, tmp_path / "out" / name, height=64, batch_size=batch_size))
+    ours, theirs = pictures(tmp_path / "out" / "ours"), pictures(tmp_path / "out" / "hf")
+    assert ours.keys() == theirs.keys() and len(ours) == 6
+    for name, image in ours.items():
+        assert np.mean(np.asarray(image) == np.asarray(theirs[name])) > 0.999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argmax", [False, True])
+def test_onnx(argmax: bool, network: SegFormer, weights: Path, photographs: Path, tmp_path: Path) -> None:
+    export(ExportOptions(weights=weights, format="onnx", output=tmp_path / "s.onnx", argmax=argmax))
+    main(Options((str(photographs / "a.png"),), tmp_path / "s.onnx", tmp_path / "out", kinds=("color",), height=64))
+    color = np.asarray(Image.open(tmp_path / "out" / "color" / "a.png"))
+    assert color.shape == (80, 150, 3)
+    if argmax:  # decided at a quarter of the size, "ignore" among the choices
+        assert not color.any()
+    else:
+        assert np.mean(color == CITYSCAPES.palette[expected(network, Image.open(photographs / "a.png"))]) > 0.999
+
+
+def test_a_map_of_classes_is_enlarged_by_the_nearest() -> None:
+    labels = labels_at(torch.tensor([[3, 19], [0, 7]], dtype=torch.uint8), (4, 6), CITYSCAPES)
+    np.testing.assert_array_equal(labels, np.kron([[3, 19], [0, 7]], np.ones((2, 3))))
+
+
+def test_patterns_and_turned_photographs(weights: Path, photographs: Path, tmp_path: Path) -> None:
+    image = Image.open(photographs / "a.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright
+    image.save(tmp_path / "phone.jpg", exif=turned)
+    inputs = (f"{photographs}/**/*.png", str(tmp_path / "phone.jpg"))
+    main(Options(inputs, weights, tmp_path / "out", kinds=("color",), height=64))
+    made = pictures(tmp_path / "out")
+    assert {name: picture.size for name, picture in made.items()} == {
+        "color/a.png": (150, 80),
+        "color/sub/c.png": (75, 101),
+        "color/phone.png": (80, 150),
+    }
+
+
+def test_a_damaged_photograph_costs_itself_alone(
+    weights: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes((photographs / "a.png").read_bytes()[:2000])
+    (tmp_path / "in" / "b.png").write_bytes((photographs / "a.png").read_bytes())
+    with pytest.raises(UserError, match=r"1 of 2 photographs can't be read: .*a\.png"):
+        main(Options((str(tmp_path / "in"),), weights, tmp_path / "out", height=64))
+    assert set(pictures(tmp_path / "out")) == {"color/b.png", "overlay/b.png"}
+    assert "a.png can't be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"inputs": ()}, "name what to predict"),
+        ({"inputs": ("nowhere",)}, "nowhere is no photograph"),
+        ({"inputs": ("IN/notes.txt", "IN/*.gif")}, r"\*\.gif is no photograph"),
+        ({"alpha": 1.5}, "--alpha 1.5"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"weights": Path("nowhere.onnx")}, "nowhere.onnx"),
+        ({"weights": Path("nowhere.pth")}, "nowhere.pth"),
+        ({"inputs": ("IN/a.png", "COPY/a.png")}, "would both become"),
+    ],
+)
+def test_mistakes(flags: dict, says: str, weights: Path, photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "a.png").write_bytes((photographs / "a.png").read_bytes())
+    places = {"IN": str(photographs), "COPY": str(tmp_path / "copy")}
+    if "inputs" in flags:
+        names = flags["inputs"]
+        for short, path in places.items():
+            names = tuple(name.replace(short, path) for name in names)
+        flags = flags | {"inputs": names}
+    defaults = {"inputs": (str(photographs),), "weights": weights, "output_dir": tmp_path / "out"}
+    with pytest.raises(UserError, match=says) as error:
+        main(Options(**defaults | flags))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_other_classes_are_refused(photographs: Path, tmp_path: Path) -> None:
+    save_model(create_model("segformer_b0", 12), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="predicts 12 classes, Cityscapes has 19"):
+        main(Options((str(photographs),), tmp_path / "w.safetensors", tmp_path / "out"))
