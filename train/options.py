@@ -225,7 +225,8 @@ class DistillationOptions(TrainingOptions):
         Raises:
             UserError: no weights, weights of another model, or other classes with --validate-teacher.
         """
-        name = f"{self.teacher_model.replace('_', '')}_teacher_{self.dataset.lower()}.pth"
+        suffix = "th" if self.teacher_model.startswith("pvt") else "pth"  # as released
+        name = f"{self.teacher_model.replace('_', '')}_teacher_{self.dataset.lower()}.{suffix}"
         path = self.teacher_weights or ROOT / "outputs" / name
         if not path.exists():  # a folder is Hugging Face's
             raise UserError(
