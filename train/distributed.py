@@ -5,6 +5,7 @@ and confusion matrices over all ranks; rank 0 alone writes.
 """
 
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -57,6 +58,8 @@ class Ranks:
         if self.world_size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
+        # Depthwise weights get channels_last gradients, which are copied into the buckets: a note about speed alone
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         # CSF has two squeezes and uses one of them, according to the batch
         return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)
 
