@@ -12,6 +12,7 @@ import torch
 from datasets.synthetic import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)  # two tests run at a time; threads that wait for each other are slower than none
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 

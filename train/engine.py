@@ -269,7 +269,7 @@ def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 def prepare(device: torch.device, options: TrainingOptions) -> None:
     """Set torch up for speed, or for bits that repeat."""
     if options.precision == "bf16" and device.type == "cpu":
-        print("warning: bf16 is slower than fp32 on most CPUs", file=sys.stderr)
+        print("warning: on a CPU without AVX512-BF16 or AMX, bf16 is far slower than fp32", file=sys.stderr)
     if options.sync_batchnorm and device.type != "cuda":
         raise UserError("--sync-batchnorm works on CUDA alone; leave it out")
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
