@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from models.base import SegmentationModel, SegmentationOutput
-from models.checkpoints import to_huggingface
+from models.checkpoints import huggingface_shape, to_huggingface
 from models.distillation import Distiller
 from models.distillation.losses import cross_entropy
-from models.segformer import CONFIGS
 
 
 class HuggingFaceSegFormer(SegmentationModel):
@@ -35,16 +34,7 @@ class HuggingFaceSegFormer(SegmentationModel):
         logging.disable_progress_bar()
         super().__init__()
         self.name, self.num_classes, self.channels = ours.name, ours.num_classes, ours.channels
-        encoder, width = CONFIGS[ours.name]
-        shape: dict[str, Any] = dict(
-            hidden_sizes=list(encoder.channels),
-            depths=list(encoder.depths),
-            num_attention_heads=list(encoder.heads),
-            sr_ratios=list(encoder.sr_ratios),
-            mlp_ratios=list(encoder.mlp_ratios),
-            decoder_hidden_size=width,
-            num_labels=ours.num_classes,
-        )
+        shape = huggingface_shape(ours.name) | {"num_labels": ours.num_classes}
         config = SegformerConfig(**shape)
         self.net: Any = SegformerForSemanticSegmentation.from_pretrained(
             None, config=config, state_dict=to_huggingface(ours.state_dict()), attn_implementation=attention

@@ -115,6 +115,19 @@ def strip_wrappers(state: State) -> State:
     return student | others
 
 
+def huggingface_shape(name: str) -> dict[str, Any]:
+    """The arguments of transformers' SegformerConfig that give a SegFormer of ours its shape."""
+    encoder, width = segformer.CONFIGS[name]
+    return {
+        "hidden_sizes": list(encoder.channels),
+        "depths": list(encoder.depths),
+        "num_attention_heads": list(encoder.heads),
+        "sr_ratios": list(encoder.sr_ratios),
+        "mlp_ratios": list(encoder.mlp_ratios),
+        "decoder_hidden_size": width,
+    }
+
+
 def to_huggingface(state: State) -> State:
     """Our state dict under the names of Hugging Face's SegFormer files.
 

@@ -34,7 +34,7 @@ import cli
 from cli import UserError
 from datasets import find_layout
 from models.base import SegmentationModel
-from models.checkpoints import load_model, read_weights, save_model, to_huggingface
+from models.checkpoints import huggingface_shape, load_model, read_weights, save_model, to_huggingface
 from models.segformer import CONFIGS
 
 Network = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, C, h, w), or classes (B, h, w)
@@ -242,16 +242,10 @@ def write_huggingface(export: Export, folder: Path) -> None:
     model = export.model
     from transformers import SegformerConfig
 
-    config, width = CONFIGS[model.name]
     names = export.class_names
     SegformerConfig(
         architectures=["SegformerForSemanticSegmentation"],
-        hidden_sizes=list(config.channels),
-        depths=list(config.depths),
-        num_attention_heads=list(config.heads),
-        sr_ratios=list(config.sr_ratios),
-        mlp_ratios=list(config.mlp_ratios),
-        decoder_hidden_size=width,
+        **huggingface_shape(model.name),
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
     ).save_pretrained(folder)

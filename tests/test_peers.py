@@ -13,7 +13,7 @@ from transformers import SegformerConfig, SegformerForImageClassification, Segfo
 
 from cli import UserError
 from models import create_model, load_backbone, load_model
-from models.checkpoints import from_huggingface, to_huggingface
+from models.checkpoints import from_huggingface, huggingface_shape, to_huggingface
 from models.segformer import CONFIGS, SegFormer
 from tests.golden_data import seed
 
@@ -21,16 +21,7 @@ SIZES = [(2, 3, 64, 128), (1, 3, 65, 131)]
 
 
 def huggingface_config(name: str, num_classes: int) -> SegformerConfig:
-    config, width = CONFIGS[name]
-    return SegformerConfig(
-        hidden_sizes=list(config.channels),
-        depths=list(config.depths),
-        num_attention_heads=list(config.heads),
-        sr_ratios=list(config.sr_ratios),
-        mlp_ratios=list(config.mlp_ratios),
-        decoder_hidden_size=width,
-        num_labels=num_classes,
-    )
+    return SegformerConfig(**huggingface_shape(name), num_labels=num_classes)
 
 
 def with_segformers_eps(peer: nn.Module) -> nn.Module:

@@ -159,19 +159,35 @@ class TrainingOptions:
 
 
 @dataclass(kw_only=True)
-class DistillationOptions(TrainingOptions):
-    """Flags of the distillation scripts."""
+class StudentOptions(TrainingOptions):
+    """Flags of every script that trains a student."""
 
-    teacher_model: Literal[MODELS] = "segformer_b2"  # type: ignore[valid-type]
-    """Architecture of the teacher."""
-    teacher_weights: Path | None = None
-    """A trained teacher. Default: the published name in outputs/, e.g. segformerb2_teacher_cityscapes.pth."""
     student_model: Literal[MODELS] = "segformer_b0"  # type: ignore[valid-type]
     """Architecture of the student."""
     student_weights: Path | None = None
     """Start the student from these weights (an ImageNet encoder or a whole network) instead of from scratch."""
     student_pretrained: bool = False
     """Start the student from its ImageNet encoder in ckpt_pretrained/."""
+
+    def student(self, num_classes: int) -> SegmentationModel:
+        """The student as it starts. Built first, so that one seed gives every method the same student."""
+        model = self.new_model(self.student_model, num_classes)
+        path = self.student_weights
+        if path is None and self.student_pretrained:
+            path = pretrained_path(self.student_model)
+        if path is not None:
+            load_backbone(model, path)
+        return model
+
+
+@dataclass(kw_only=True)
+class DistillationOptions(StudentOptions):
+    """Flags of the distillation scripts."""
+
+    teacher_model: Literal[MODELS] = "segformer_b2"  # type: ignore[valid-type]
+    """Architecture of the teacher."""
+    teacher_weights: Path | None = None
+    """A trained teacher. Default: the published name in outputs/, e.g. segformerb2_teacher_cityscapes.pth."""
     validate_teacher: bool = False
     """Measure the teacher on the validation split first."""
 
@@ -215,10 +231,6 @@ class DistillationOptions(TrainingOptions):
             "embed_weights": self.embed_weights if self.embed == 5 else (1.0,) * len(self.stages),
         }
 
-    def student(self, num_classes: int) -> SegmentationModel:
-        """The student as it starts. Built first, so that one seed gives every method the same student."""
-        return new_student(self, num_classes)
-
     def teacher(self, num_classes: int) -> SegmentationModel:
         """The trained teacher; it may have other classes than the data, since its logits enter no loss.
 
@@ -241,17 +253,6 @@ class DistillationOptions(TrainingOptions):
         if self.validate_teacher and teacher.num_classes not in (num_classes, num_classes - 1):
             raise UserError(f"{path} has {teacher.num_classes} classes of another kind; leave --validate-teacher out")
         return teacher
-
-
-def new_student(options: Any, num_classes: int) -> SegmentationModel:
-    """A student from scratch, or from the weights that the options name."""
-    model: SegmentationModel = options.new_model(options.student_model, num_classes)
-    path = options.student_weights
-    if path is None and options.student_pretrained:
-        path = pretrained_path(options.student_model)
-    if path is not None:
-        load_backbone(model, path)
-    return model
 
 
 def pretrained_path(model: str) -> Path:

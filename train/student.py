@@ -8,20 +8,18 @@ Published: 500 epochs at batch 4, from scratch (`--student-pretrained` starts fr
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
 import cli
 from models.distillation import Distiller
-from models.factory import MODELS
 from train.engine import start, train
-from train.options import TrainingOptions, new_student
+from train.options import StudentOptions
 
 
 @dataclass(kw_only=True)
-class Options(TrainingOptions):
+class Options(StudentOptions):
     """Train a student alone, with cross entropy."""
 
     method = "student"
@@ -30,17 +28,11 @@ class Options(TrainingOptions):
     """Passes over the training images."""
     batch_size: int = 4
     """Images a step. A larger batch at the same number of epochs means fewer steps."""
-    student_model: Literal[MODELS] = "segformer_b0"  # type: ignore[valid-type]
-    """Architecture."""
-    student_weights: Path | None = None
-    """Start from these weights (an ImageNet encoder or a whole network) instead of from scratch."""
-    student_pretrained: bool = False
-    """Start from the ImageNet encoder in ckpt_pretrained/."""
 
 
 def main(options: Options) -> None:
     setup = start(options)
-    student = new_student(options, setup.classes.num_outputs)
+    student = options.student(setup.classes.num_outputs)
     train(Distiller(student, setup.classes.weights), setup, options)
 
 
