@@ -56,14 +56,16 @@ class HuggingFaceSegFormer(SegmentationModel):
 
 
 def published_step(distiller: Distiller, optimizer: Optimizer, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """One training step: autograd records the teacher, whose head runs too, and both outputs live to the step's end."""
+    """One training step: the teacher's head runs too, and the losses' gradients flow back through its encoder.
+
+    No optimizer ever sees those gradients: they only pile up beside the teacher's weights.
+    """
     optimizer.zero_grad()
     teacher: Any = distiller.teacher
     target = teacher(images)
     student = distiller.student(images)
-    fixed = SegmentationOutput(None, *(tuple(x.detach() for x in maps) for maps in target[1:]))
     losses = {"ce": cross_entropy(student.logits, labels, distiller.class_weights)}
-    losses |= distiller.distillation_losses(images, student, fixed)
+    losses |= distiller.distillation_losses(images, student, target)
     torch.stack(list(losses.values())).sum().backward()
     optimizer.step()
     return losses
