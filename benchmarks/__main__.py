@@ -4,8 +4,9 @@
     python -m benchmarks --quick            tiny sizes: whether it works, not how fast it is
     python -m benchmarks --only colour      one case
 
-Both sides take turns (ours, theirs, ours, …) and their medians are compared; memory is the growth of the resident
-memory of a fresh process for each side. The ratios mean something only on a machine that does nothing else.
+Both sides take turns (ours, theirs, ours, …) and their medians are compared; where memory counts, each side has a
+process of its own, whose resident memory is watched. The ratios mean something only on a machine that does nothing
+else.
 """
 
 import json

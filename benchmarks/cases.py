@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from benchmarks import published
-from benchmarks.measure import Row, Run, Sizes, in_turn, peak_memory
+from benchmarks.measure import Row, Run, Sizes, apart, in_turn
+from cli import find_device
 from datasets import SceneDataset, open_split
 from datasets.classes import CITYSCAPES
 from datasets.synthetic import write_dataset
@@ -40,7 +41,7 @@ class Step:
         if other:
             student, teacher = (published.HuggingFaceSegFormer(network, "eager") for network in (student, teacher))
         distiller = Distiller(student, CITYSCAPES.weights, teacher=teacher, fusion=fusion, alignment=alignment)
-        self.distiller, self.other, self.bf16 = distiller.to(device), other, bf16
+        self.distiller, self.other, self.bf16 = distiller.to(device if other else find_device(device)), other, bf16
         if other:
             teacher.requires_grad_(True)
         if compiled:
@@ -69,8 +70,8 @@ def training(sizes: Sizes) -> Iterator[Row]:
             yield Row(name, "published way", note=NOT_INSTALLED)
             continue
         ours, theirs = (partial(Step, method, other) for other in (False, True))
-        peaks = peak_memory(ours, sizes), peak_memory(theirs, sizes)
-        yield Row(name, "published way", "time", *in_turn(ours(sizes), theirs(sizes), sizes.repeats), 4)
+        times, peaks = apart(ours, theirs, sizes, sizes.repeats)
+        yield Row(name, "published way", "time", *times, 4)
         yield Row(name, "published way", "memory", *peaks, 0.4)
 
 
@@ -157,8 +158,8 @@ def count_theirs(sizes: Sizes) -> Run:
 def confusion(sizes: Sizes) -> Iterator[Row]:
     """Counts for the metric."""
     name, other = f"confusion matrix, {sizes.pixels}×{2 * sizes.pixels}", "one-hot maps"
-    peaks = peak_memory(count_ours, sizes), peak_memory(count_theirs, sizes)
-    yield Row(name, other, "time", *in_turn(count_ours(sizes), count_theirs(sizes), 5 * sizes.repeats), 20)
+    times, peaks = apart(count_ours, count_theirs, sizes, 5 * sizes.repeats)
+    yield Row(name, other, "time", *times, 20)
     yield Row(name, other, "memory", *peaks, 0.1)
 
 

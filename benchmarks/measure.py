@@ -1,4 +1,4 @@
-"""Times taken in turn, peaks of memory each in a process of its own, and the machine in words."""
+"""Times taken in turn, peaks of memory, and the machine in words."""
 
 import gc
 import os
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 Run = Callable[[], object]
+Pair = tuple[tuple[float, ...], tuple[float, ...]]  # every repetition of ours, and of theirs
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Row:
         return asdict(self) | {"ratio": self.ratio, "reached": self.reached}
 
 
-def in_turn(ours: Run, theirs: Run, repeats: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def in_turn(ours: Run, theirs: Run, repeats: int) -> Pair:
     """Seconds of each, `repeats` times ours, theirs, ours, theirs …, after one round that doesn't count."""
     times: tuple[list[float], list[float]] = [], []
     for _ in range(repeats + 1):
@@ -76,28 +77,43 @@ def in_turn(ours: Run, theirs: Run, repeats: int) -> tuple[tuple[float, ...], tu
     return tuple(times[0][1:]), tuple(times[1][1:])
 
 
-def peak_memory(build: Callable[[Sizes], Run], sizes: Sizes) -> tuple[float, ...]:
-    """Bytes by which the resident memory of a fresh process rises while it builds something and runs it twice.
+def apart(
+    ours: Callable[[Sizes], Run], theirs: Callable[[Sizes], Run], sizes: Sizes, repeats: int
+) -> tuple[Pair, Pair]:
+    """As `in_turn`, with each side in a fresh process of its own, and what its memory took.
 
-    Returns an empty tuple where the system doesn't tell (anywhere but on Linux).
+    Returns the seconds of both, and the bytes by which the resident memory of each rose from before it was built to
+    its peak (empty where the system doesn't tell: anywhere but on Linux).
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.cases"])
-    with ProcessPoolExecutor(1, mp_context=context) as fresh:
-        growth = fresh.submit(_growth, build, sizes, torch.get_num_threads()).result()
-    return () if growth is None else (growth,)
+    with ProcessPoolExecutor(1, mp_context=context) as first, ProcessPoolExecutor(1, mp_context=context) as second:
+        for side, build in ((first, ours), (second, theirs)):
+            side.submit(_build, build, sizes, torch.get_num_threads()).result()
+        times = in_turn(lambda: first.submit(_call).result(), lambda: second.submit(_call).result(), repeats)
+        return times, (first.submit(_growth).result(), second.submit(_growth).result())
 
 
-def _growth(build: Callable[[Sizes], Run], sizes: Sizes, threads: int) -> int | None:
+_run: Run  # in a process of `apart`
+_before: int | None
+
+
+def _build(build: Callable[[Sizes], Run], sizes: Sizes, threads: int) -> None:
+    global _run, _before
     torch.set_num_threads(threads)
     build(QUICK)()  # loads the libraries' code, which is nobody's share
     gc.collect()
-    before = _resident("VmRSS")
-    run = build(sizes)
-    for _ in range(2):  # the optimizer's state is there from the second step on
-        run()
+    _before = _resident("VmRSS")
+    _run = build(sizes)
+
+
+def _call() -> None:
+    _run()
+
+
+def _growth() -> tuple[float, ...]:
     peak = _resident("VmHWM")
-    return None if before is None or peak is None else peak - before
+    return () if _before is None or peak is None else (peak - _before,)
 
 
 def _resident(key: str) -> int | None:

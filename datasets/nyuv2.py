@@ -22,6 +22,6 @@ LAYOUT = Layout(
     classes=NYU40,
     subsets=("train", "val", "test"),
     conditions=(),
-    expected="images/*.jpg, labels40/*.png and {subset}.txt",
+    expected="images/*.jpg (or .png), labels40/*.png and {subset}.txt",
     find=find,
 )

@@ -135,7 +135,7 @@ def pair_listed(datadir: Path, list_file: Path, images: str, labels: str, encodi
             Path(line.split()[0]).stem for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()
         ]
     except (OSError, UnicodeDecodeError) as error:
-        raise NotADirectoryError(f"cannot read the list {list_file} ({error.__class__.__name__})") from error
+        raise UserError(f"cannot read the list {list_file} ({error.__class__.__name__})") from error
     found = {path.stem: path for path in files_below(datadir / images) if path.suffix.lower() in IMAGE_TYPES}
     missing = [Path(name) for name in names if name not in found]
     if missing:

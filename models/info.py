@@ -35,6 +35,7 @@ from models.distillation import CrossSelectiveFusion, Distiller, EmbeddingAssist
 from models.distillation.csf import SelectiveKernelFusion
 from models.distillation.gl_mixer import SelfAttention
 from models.factory import MODELS, create_model
+from models.linear import Linear
 from models.lvt import ConvolutionalSelfAttention, RecursiveAtrousSelfAttention
 from models.pyramid import Attention
 from models.segformer import CONFIGS, AllMLPHead
@@ -67,7 +68,7 @@ def _norm(layer: Any, x: Tensor, y: Tensor) -> int:
 LAYERS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {  # layer, input, output -> MACs
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
-    nn.Linear: lambda layer, x, y: x.numel() * layer.out_features,
+    Linear: lambda layer, x, y: x.numel() * layer.out_features,
     nn.LayerNorm: _norm,
     nn.BatchNorm2d: _norm,
     nn.ReLU: lambda layer, x, y: y.numel(),
@@ -83,7 +84,7 @@ def _all_mlp_head(model: AllMLPHead, features: tuple[Tensor, ...]) -> Iterator[C
     """
     for i, feature in enumerate(features, start=1):
         linear: nn.Linear = getattr(model, f"linear_c{i}").proj
-        yield Count(f"linear_c{i}.proj", "Linear", LAYERS[nn.Linear](linear, feature, feature))
+        yield Count(f"linear_c{i}.proj", "Linear", LAYERS[Linear](linear, feature, feature))
     conv, bn = model.linear_fuse.conv, model.linear_fuse.bn
     batch, _, h, w = features[0].shape
     fused = torch.empty(batch, conv.out_channels, h, w, device="meta")

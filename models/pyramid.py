@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.linear import Linear
+
 
 @dataclass(frozen=True)
 class PyramidConfig:
@@ -65,9 +67,9 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int, sr_ratio: int) -> None:
         super().__init__()
         self.heads, self.sr_ratio = heads, sr_ratio
-        self.q = nn.Linear(channels, channels)
-        self.kv = nn.Linear(channels, 2 * channels)
-        self.proj = nn.Linear(channels, channels)
+        self.q = Linear(channels, channels)
+        self.kv = Linear(channels, 2 * channels)
+        self.proj = Linear(channels, channels)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(channels, channels, sr_ratio, sr_ratio)
             self.norm = nn.LayerNorm(channels, eps=1e-5)
@@ -97,9 +99,9 @@ class Mlp(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(channels, hidden)
+        self.fc1 = Linear(channels, hidden)
         self.dwconv = DepthwiseConv(hidden)
-        self.fc2 = nn.Linear(hidden, channels)
+        self.fc2 = Linear(hidden, channels)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
         return self.fc2(F.gelu(self.dwconv(self.fc1(x), h, w)))

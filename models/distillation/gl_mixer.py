@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cli import UserError
 from models.base import SegmentationOutput
 from models.distillation.pea import ALL_STAGES, PatchEmbeddingAlignment
+from models.linear import Linear
 
 
 class SelfAttention(nn.Module):
@@ -17,8 +18,8 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int = 8) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.proj = nn.Linear(channels, channels)
+        self.qkv = Linear(channels, 3 * channels, bias=False)
+        self.proj = Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each

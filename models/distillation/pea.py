@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from models.base import SegmentationOutput
+from models.linear import Linear
 
 ALL_STAGES = (1, 2, 3, 4)
 
@@ -25,7 +26,7 @@ class PatchEmbeddingAlignment(nn.Module):
         super().__init__()
         self.stages = tuple(stages)
         for n, i in enumerate(self.stages, start=1):
-            projection = nn.Linear(student_channels[i - 1], teacher_channels[i - 1])
+            projection = Linear(student_channels[i - 1], teacher_channels[i - 1])
             setattr(self, f"embed{n}_linearproject", projection)
 
     def forward(self, images: Tensor, student: SegmentationOutput) -> dict[int, Tensor]:
