@@ -1,6 +1,7 @@
 """NYUv2 and Pascal VOC 2012 on tiny trees of their layouts: nothing assumes 19 classes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +92,11 @@ def test_train_evaluate_and_render(dataset: str, nyu: Path, voc: Path, command: 
     done = command(f"eval/eval_{dataset}_color.py", *common, "--output-dir", tmp_path / "colour")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "colour").rglob("*.png"))) == 2
+
+
+def test_a_list_that_is_missing(command: Command, nyu: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(nyu, tmp_path / "nyu")
+    (root / "train.txt").unlink()
+    done = command("-m", "datasets.check", "--dataset", "NYUv2", "--datadir", root)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cannot read the list" in done.stdout + done.stderr
