@@ -1,126 +1,202 @@
-"""Line and bar charts as inline SVG: axes, ticks, legend, and a title to hover on every mark.
+"""The report's charts: each a matplotlib figure, as SVG that follows the page's colours and as a PNG file."""
 
-Colours are CSS variables --c0 … --c7 of the page, so that light and dark pages both fit.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
-from math import ceil, floor, isfinite, log10
+from math import ceil, isfinite
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.figure import Figure
+
+from cli import writing
+from eval.page import LIGHT
 
 COLORS = 8
-SMALL, LARGE, BARS = (380, 240), (780, 500), 300
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 42
+SMALL, LARGE = (3.6, 2.2), (7.4, 5.2)  # inches
+STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": LIGHT["rule"],
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": LIGHT["soft"],
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": LIGHT["ink"],
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "grid.color": LIGHT["rule"],
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",  # the same chart gives the same file
+    "text.color": LIGHT["ink"],
+    "xtick.color": LIGHT["soft"],
+    "xtick.major.size": 0,
+    "ytick.color": LIGHT["soft"],
+    "ytick.major.size": 0,
+}
+TICKS: dict[str, Any] = {"nbins": 6, "steps": [1, 2, 5, 10]}  # as many at every size: the layout knows their widths
+HOVER = "hover: "  # begins the id of what shows the rest of it under the mouse
 
 Points = Sequence[tuple[float, float]]
 
 
+@dataclass(frozen=True)
+class Chart:
+    """A figure, the stem of its file's name, and its title."""
+
+    name: str
+    title: str
+    figure: Figure
+
+    @mpl.rc_context(STYLE)
+    def svg(self) -> str:
+        """For inside a page: its colours are the page's variables, its marks say their value when pointed at."""
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        self.figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        text = file.getvalue()
+        text = text[text.index("<svg") :]
+        width = f"--natural: {96 * self.figure.get_figwidth():.0f}px"
+        role = f'role="img" aria-label="{escape(self.title)}" style="{width}"'
+        text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', role, text, count=1)
+        text = re.sub(rf"""<g id=(["']){HOVER}(.*?)\1>""", r"<g><title>\2</title>", text)
+        text = re.sub(r' id="[a-z_.]+\d+"', "", text)  # names of groups, which no mark refers to by
+        for variable, color in LIGHT.items():
+            text = text.replace(color, f"var(--{variable})")
+        return text
+
+    @mpl.rc_context(STYLE)
+    def save(self, folder: Path) -> Path:
+        """Write NAME.png with title and legend, which on the page stand outside the chart.
+
+        Raises:
+            UserError: it can't be written.
+        """
+        figure, path = self.figure, folder / f"{self.name}.png"
+        figure.suptitle(self.title)
+        marks = {
+            label: mark for axes in figure.axes for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        if marks:
+            columns = max(1, int(figure.get_figwidth() // 2))
+            figure.set_figheight(figure.get_figheight() + 0.2 * ceil(len(marks) / columns))
+            figure.legend([*marks.values()], [*marks], loc="outside lower center", ncols=columns)
+        with writing(path) as aside:
+            figure.savefig(aside, format="png", dpi=200, facecolor=LIGHT["card"])
+        return path
+
+
+@mpl.rc_context(STYLE)
 def line_chart(
+    name: str,
+    title: str,
     lines: Mapping[str, Points],
     colors: Mapping[str, int],
     *,
-    label: str,
     unit: str = "",
     levels: Mapping[str, float] | None = None,
     dots: bool = False,
-    size: tuple[int, int] = SMALL,
-) -> str:
-    """Curves by name over training steps. `levels` are dashed horizontal lines by name.
+    size: tuple[float, float] = SMALL,
+) -> Chart | None:
+    """Curves by name over training steps, None without a point. `levels` are dashed horizontal lines by name.
 
-    Long curves are averaged in bins, so that noise does not hide the course; `dots` marks every
-    point instead (few, exact points). Values that are not finite are left out.
+    Long curves are averaged in bins, so that noise does not hide the course; `dots` draws every point instead and
+    marks it while there are few. Values that are not finite are left out.
     """
-    levels, (width, height) = levels or {}, size
-    drawn = {
-        name: thin([(x, y) for x, y in points if isfinite(y)], 10_000 if dots else 120)
-        for name, points in lines.items()
-    }
-    xs = [x for points in drawn.values() for x, _ in points]
-    ys = [y for points in drawn.values() for _, y in points] + list(levels.values())
-    if not xs:
-        return ""
-    x_ticks, y_ticks = ticks(0, max(xs), about=6), ticks(0, max(ys))
-    x_end, y_end = max(xs), y_ticks[-1]
-    plot_width, plot_height = width - LEFT - RIGHT, height - TOP - BOTTOM
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        right = x / x_end if x_end else 0.5
-        return round(LEFT + plot_width * right, 1), round(TOP + plot_height * (1 - y / y_end), 1)
-
-    parts = y_axis(y_ticks, lambda y: place(0, y)[1], width)
-    for tick in x_ticks:
-        if tick <= x_end:
-            x = place(tick, 0)[0]
-            parts.append(f'<text x="{x}" y="{height - BOTTOM + 18}" class="mid">{short(tick)}</text>')
-    parts.append(f'<text x="{LEFT + plot_width / 2}" y="{height - 4}" class="mid">step</text>')
-    for name, value in levels.items():
-        y = place(0, value)[1]
-        parts.append(
-            f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}" class="level">'
-            f"{hover(name, value, unit)}</line>"
-            f'<text x="{LEFT + 6}" y="{y - 5}" class="note">{escape(name)}</text>'
-        )
-    for name, points in drawn.items():
-        color = f"var(--c{colors[name] % COLORS})"
-        path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in points))
-        parts.append(f'<polyline points="{path}" class="line" stroke="{color}"/>')
-        for step, value in points:
-            x, y = place(step, value)
-            style = "" if dots else ' fill-opacity="0"'
-            parts.append(
-                f'<circle cx="{x}" cy="{y}" r="{3 if dots else 6}" fill="{color}"{style}>'
-                f"{hover(f'{name}, step {step:.0f}', value, unit)}</circle>"
-            )
-    return svg(label, parts, width, height)
+    figure = Figure(figsize=size)
+    axes = figure.add_subplot(xlabel="step")
+    for label, points in lines.items():
+        points = [(x, y) for x, y in points if isfinite(y)]
+        if not points:
+            continue
+        color = _color(colors[label])
+        shown = points if dots else thin(points, 120)
+        last = f"{label}: {shown[-1][1]:.4g}{unit} at step {shown[-1][0]:.0f}"
+        axes.plot(*zip(*shown, strict=True), color=color, label=label, gid=HOVER + last)
+        if dots and len(shown) <= 60:
+            for x, y in shown:
+                axes.plot(x, y, "o", color=color, markersize=4, gid=f"{HOVER}{label}, step {x:.0f}: {y:.4g}{unit}")
+    if not axes.lines:
+        return None
+    for label, value in (levels or {}).items():
+        axes.axhline(value, color=LIGHT["soft"], linestyle="--", linewidth=1, gid=f"{HOVER}{label}")
+        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(label, (0, value), xytext=(3, 3), color=LIGHT["soft"], **place)
+    axes.locator_params(**TICKS)
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k" if step >= 1000 else f"{step:g}")
+    return Chart(name, title, figure)
 
 
+@mpl.rc_context(STYLE)
 def bar_chart(
+    name: str,
+    title: str,
     groups: Sequence[str],
     bars: Mapping[str, Sequence[float | None]],
     colors: Mapping[str, int],
     *,
-    label: str,
     unit: str = "",
-) -> str:
-    """For each group one bar per name, side by side; None leaves a gap."""
-    values = [value for row in bars.values() for value in row if value is not None]
-    if not values:
-        return ""
-    y_ticks = ticks(0, max(values))
-    bar = max(4.0, min(14.0, 44 / len(bars)))
-    group = bar * len(bars) + 14
-    width, height, bottom = LEFT + RIGHT + group * len(groups), BARS, 92
-    plot_height = height - TOP - bottom
-
-    def top(value: float) -> float:
-        return round(TOP + plot_height * (1 - value / y_ticks[-1]), 1)
-
-    parts = y_axis(y_ticks, top, width)
-    for place, title in enumerate(groups):
-        left = LEFT + place * group + 7
-        for offset, (name, row) in enumerate(bars.items()):
-            value = row[place]
-            if value is None:
-                continue
-            x, y = left + offset * bar, top(value)
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{bar - 1:.1f}" '
-                f'height="{max(1.0, top(0) - y):.1f}" fill="var(--c{colors[name] % COLORS})">'
-                f"{hover(f'{title}, {name}', value, unit)}</rect>"
-            )
-        x, y = left + (group - 14) / 2 + 4, height - bottom + 14
-        parts.append(
-            f'<text x="{x:.1f}" y="{y}" class="end" transform="rotate(-45 {x:.1f} {y})">{escape(title)}</text>'
-        )
-    return svg(label, parts, width, height)
+) -> Chart | None:
+    """For each group one bar per name, side by side; a None leaves a gap. None without a value."""
+    if not any(value is not None for row in bars.values() for value in row):
+        return None
+    group = len(bars) + 1.5  # widths of a bar
+    figure = Figure(figsize=(max(6.0, 0.6 + 0.1 * group * len(groups)), 3.2))
+    axes = figure.add_subplot()
+    for offset, (label, row) in enumerate(bars.items()):
+        known = [(place, value) for place, value in enumerate(row) if value is not None]
+        xs = [place * group + offset - (len(bars) - 1) / 2 for place, _ in known]
+        drawn = axes.bar(xs, [value for _, value in known], width=0.9, color=_color(colors[label]), label=label)
+        for patch, (place, value) in zip(drawn, known, strict=True):
+            patch.set_gid(f"{HOVER}{groups[place]}, {label}: {value:.4g}{unit}")
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(groups) > 8 else {}
+    axes.set_xticks([place * group for place in range(len(groups))], groups, **turned)
+    axes.locator_params("y", **TICKS)
+    axes.set_xlim(-group / 2, (len(groups) - 0.5) * group)
+    return Chart(name, title, figure)
 
 
-def legend(colors: Mapping[str, int]) -> str:
-    """The names with their colours, as HTML."""
-    items = "".join(
-        f'<span class="key"><i style="background:var(--c{color % COLORS})"></i>{escape(name)}</span>'
-        for name, color in colors.items()
-    )
-    return f'<p class="legend">{items}</p>'
+@mpl.rc_context(STYLE)
+def confusion_chart(name: str, title: str, counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Chart:
+    """Where the pixels of each true class went, in percent of its row.
+
+    `counts`: a row for each class, a column for each class and then perhaps one for "ignore". Classes that are
+    neither in the truth nor predicted are left out.
+    """
+    matrix = np.asarray(counts, float)
+    rows = np.flatnonzero(matrix.sum(axis=1))
+    predicted = np.flatnonzero(matrix.sum(axis=0))
+    columns = [*rows, *(index for index in predicted if index not in rows)]
+    labels = [*classes, "ignore"]
+    share = 100 * matrix[np.ix_(rows, columns)] / matrix[rows].sum(axis=1, keepdims=True)
+
+    cell = 0.34
+    figure = Figure(figsize=(1.6 + cell * len(columns), 1.5 + cell * len(rows)))
+    axes = figure.add_subplot(xlabel="predicted", ylabel="true", aspect="equal")
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    shades = LinearSegmentedColormap.from_list("shades", [to_rgba(LIGHT["c0"], 0), to_rgba(LIGHT["c0"], 1)])
+    for y, row in enumerate(share):
+        for x, value in enumerate(row):
+            hover = f"{HOVER}{labels[rows[y]]} as {labels[columns[x]]}: {value:.1f} %"
+            axes.add_patch(mpl.patches.Rectangle((x, y), 1, 1, color=shades(value / 100), linewidth=0, gid=hover))
+            if value >= 0.5:
+                ink = LIGHT["card" if value > 75 else "ink"]  # legible on light and dark pages
+                axes.text(x + 0.5, y + 0.5, f"{value:.0f}", color=ink, ha="center", va="center", size=7, gid=hover)
+    axes.set_xticks(np.arange(len(columns)) + 0.5, [labels[index] for index in columns], rotation=90)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, [labels[index] for index in rows])
+    axes.set_xlim(0, len(columns))
+    axes.set_ylim(len(rows), 0)
+    return Chart(name, title, figure)
 
 
 def thin(points: Points, most: int) -> list[tuple[float, float]]:
@@ -130,35 +206,5 @@ def thin(points: Points, most: int) -> list[tuple[float, float]]:
     return [(run[-1][0], sum(y for _, y in run) / len(run)) for run in runs]
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers (1, 2, 5 · 10^k apart) from at most `low` to at least `high`."""
-    span = high - low or abs(high) or 1.0
-    magnitude = 10.0 ** floor(log10(span / about))
-    step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude * about >= span * 0.999)
-    first, last = floor(low / step), ceil((low + span) / step - 1e-9)
-    return [round(index * step, 10) for index in range(first, last + 1)]
-
-
-def short(value: float) -> str:
-    """1500 as 1.5k; small numbers as they are."""
-    return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
-
-
-def y_axis(values: Sequence[float], place: Callable[[float], float], width: float) -> list[str]:
-    return [
-        f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{place(v)}" y2="{place(v)}" class="grid"/>'
-        f'<text x="{LEFT - 8}" y="{place(v) + 4}" class="end">{short(v)}</text>'
-        for v in values
-    ]
-
-
-def hover(name: str, value: float, unit: str) -> str:
-    return f"<title>{escape(name)}: {value:.4g}{unit}</title>"
-
-
-def svg(label: str, parts: Sequence[str], width: float, height: float) -> str:
-    return (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}">'
-        + "".join(parts)
-        + "</svg>"
-    )
+def _color(index: int) -> str:
+    return LIGHT[f"c{index % COLORS}"]

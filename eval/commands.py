@@ -1,4 +1,4 @@
-"""What the four evaluation scripts share: score a split and print the table, or render it."""
+"""What the evaluation scripts share: score a split and print the table, or render it."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli import UserError, writing
+from datasets.classes import Encoding
 from eval.inference import Evaluation, evaluate, render
 from eval.metrics import percent
 from eval.options import OUTPUTS, ColorOptions, IoUOptions, claim_folder, open_model_and_data
@@ -32,7 +33,14 @@ def score(dataset: str, options: IoUOptions) -> Evaluation:
     title = f"{weights.name} on {dataset} {options.subset}, {evaluation.images} images"
     Console().print(iou_table(evaluation, title))
     if options.json is not None:
-        write_json(evaluation.as_json(weights), options.json)
+        source = {
+            "dataset": dataset,
+            "datadir": str(options.datadir.resolve()),
+            "subset": options.subset,
+            "height": options.height,
+            "weights": str(weights),
+        }
+        write_json(source | evaluation.as_json() | evaluation.details(), options.json)
     return evaluation
 
 
@@ -40,8 +48,9 @@ def paint(dataset: str, options: ColorOptions) -> list[Path]:
     """Render every image of the split, say where the pictures are, write `--json`."""
     if options.overlay is not None and not 0 <= options.overlay <= 1:
         raise UserError(f"--overlay {options.overlay} is no share of colour; give 0 to 1")
-    if options.overlay is not None and options.label_ids:
-        raise UserError("--overlay and --label-ids exclude each other; run the script twice")
+    if (options.overlay is not None) + options.label_ids + options.train_ids > 1:
+        raise UserError("--overlay, --label-ids and --train-ids exclude each other; run the script once for each")
+    ids: Encoding | None = "label_ids" if options.label_ids else "train_ids" if options.train_ids else None
     model, data, weights, device = open_model_and_data(options, dataset, require_labels=False)
     folder = options.output_dir or OUTPUTS / "color" / weights.stem
     claim_folder(folder)
@@ -51,7 +60,7 @@ def paint(dataset: str, options: ColorOptions) -> list[Path]:
         folder,
         size=options.size,
         overlay=options.overlay,
-        label_ids=options.label_ids,
+        ids=ids,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
         device=device,

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from cli import UserError, writing
 from datasets import SceneDataset
+from datasets.classes import Encoding
 from datasets.loading import Batch, evaluation_batches
 from datasets.transforms import to_float
 from eval import rendering
@@ -38,7 +39,7 @@ Protocol = Literal["paper", "full"]
 
 @dataclass
 class Evaluation:
-    """Counts of a split, and of each of its conditions if it has any.
+    """Counts of a split, of each of its images by name, and of each of its conditions if it has any.
 
     `protocol` says how maps were compared (see `evaluate`), `images` how many there were.
     """
@@ -46,18 +47,26 @@ class Evaluation:
     protocol: Protocol
     images: int
     counts: ConfusionMatrix
+    per_image: dict[str, ConfusionMatrix] = field(default_factory=dict)
     conditions: "dict[str, Evaluation]" = field(default_factory=dict)
 
-    def as_json(self, weights: Path | None = None) -> dict[str, Any]:
-        """Scores as `--json` writes them: IoUs in 0..1, None for a class that does not occur."""
-        result: dict[str, Any] = {"protocol": self.protocol, "weights": weights and str(weights), "images": self.images}
-        if weights is None:  # a network in training has no file
-            del result["weights"]
-        result |= self.counts.scores()
+    def as_json(self) -> dict[str, Any]:
+        """The scores: IoUs in 0..1, None for a class that does not occur."""
+        result: dict[str, Any] = {"protocol": self.protocol, "images": self.images} | self.counts.scores()
         if self.conditions:
-            parts = self.conditions.items()
-            result["conditions"] = {name: part.as_json(weights) for name, part in parts}
+            result["conditions"] = {name: part.as_json() for name, part in self.conditions.items()}
         return result
+
+    def details(self) -> dict[str, Any]:
+        """What `--json` has beyond the scores.
+
+        `confusion`: pixels, a row for each true class, a column for each predicted one, "ignore" last.
+        `per_image`: by name the mean IoU over the classes that occur in the image, None where no pixel counts.
+        """
+        return {
+            "confusion": self.counts.counts[: self.counts.classes.num_classes].tolist(),
+            "per_image": {name: matrix.scores()["mean_iou"] for name, matrix in self.per_image.items()},
+        }
 
 
 def evaluate(
@@ -83,11 +92,8 @@ def evaluate(
     if missing is not None:
         raise UserError(f"{missing} has no label to score against; choose a labelled --subset")
     classes = dataset.classes
-    names = [sample.condition for sample in dataset.samples]
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    parts = {
-        name: Evaluation(protocol, names.count(name), ConfusionMatrix(classes, device)) for name in dict.fromkeys(names)
-    }
+    matrices = [ConfusionMatrix(classes, device) for _ in dataset.samples]
     batches = evaluation_batches(
         dataset,
         batch_size=batch_size,
@@ -112,16 +118,24 @@ def evaluate(
                 if protocol == "full":
                     label = torch.as_tensor(full_labels[row].result(), device=device)
                     prediction = upsample(prediction[: classes.num_classes], label.shape)
-                parts[names[index]].counts.update(prediction[None], label[None])
+                matrices[index].update(prediction[None], label[None])
             advance(len(indices))
+    counts = torch.stack([matrix.counts for matrix in matrices])
     if world_size > 1:
-        for part in parts.values():
-            dist.all_reduce(part.counts.counts)
-    total = sum((part.counts for part in parts.values()), ConfusionMatrix(classes, device))
-    if not total.counts[: classes.num_classes].any():
+        dist.all_reduce(counts)
+    if not counts[:, : classes.num_classes].any():
         raise UserError("every label pixel of this split is ignored, as in test splits; choose a labelled --subset")
-    conditions = {name: part for name, part in parts.items() if name is not None}
-    return Evaluation(protocol, len(dataset), total, conditions)
+
+    def summed(indices: list[int]) -> Evaluation:
+        rows = {index: ConfusionMatrix(classes, counts=counts[index]) for index in indices}
+        per_image = {dataset.samples[index].name: matrix for index, matrix in rows.items()}
+        return Evaluation(protocol, len(indices), ConfusionMatrix(classes, counts=counts[indices].sum(0)), per_image)
+
+    total = summed(list(range(len(dataset))))
+    names = [sample.condition for sample in dataset.samples]
+    for condition in dict.fromkeys(name for name in names if name is not None):
+        total.conditions[condition] = summed([index for index, name in enumerate(names) if name == condition])
+    return total
 
 
 def render(
@@ -131,7 +145,7 @@ def render(
     *,
     size: Literal["logits", "full"] = "logits",
     overlay: float | None = None,
-    label_ids: bool = False,
+    ids: Encoding | None = None,
     batch_size: int = 1,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
@@ -140,18 +154,21 @@ def render(
     """Write a PNG per image under `output_dir`, at the path the image has in its data set.
 
     Colours by the palette at the logits' size, or upsampled before the argmax to the photograph's
-    (`size="full"`, and always for `overlay`, the share of colour in the blend, and `label_ids`).
-    `label_ids` chooses among the real classes alone: benchmark servers know no ignore.
+    (`size="full"`, and always for `overlay`, the share of colour in the blend, and `ids`).
+    `ids`: one channel of train ids or label ids instead of colours, chosen among the real classes alone: benchmark
+    servers know no ignore.
     Returns the files written. Raises UserError if a file would land outside `output_dir` or on an
     image of the data set.
     """
     classes = dataset.classes
     targets = output_paths(dataset, output_dir)
-    full = size == "full" or overlay is not None or label_ids
+    full = size == "full" or overlay is not None or ids is not None
 
     def write(index: int, labels: np.ndarray, photograph: Image.Image | None) -> None:
-        to_picture = rendering.to_label_ids if label_ids else rendering.colorize
-        picture = to_picture(labels, classes)
+        if ids == "train_ids":
+            picture = Image.fromarray(labels)
+        else:
+            picture = (rendering.to_label_ids if ids else rendering.colorize)(labels, classes)
         if overlay is not None and photograph is not None:
             picture = rendering.overlay(photograph, picture, overlay)
         save_png(picture, targets[index])
@@ -173,7 +190,7 @@ def render(
             if full:
                 photographs = [threads.submit(dataset.photograph, index) for index in indices]
             logits = forward(model, batch, device)
-            if label_ids:
+            if ids is not None:
                 logits = logits[:, : classes.num_classes]
             for row, index in enumerate(indices):
                 prediction, photograph = logits[row], None
@@ -247,8 +264,8 @@ class RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress_line(title: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
-    """A line on stderr with rate and time left; call what it yields with the images just done."""
+def progress_line(title: str, total: int | None, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """A line on stderr with rate and, if `total` is known, time left; call what it yields with the images just done."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

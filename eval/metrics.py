@@ -20,10 +20,10 @@ class ConfusionMatrix:
     Add matrices of several conditions, batches or processes: all scores are sums of counts.
     """
 
-    def __init__(self, classes: Classes, device: torch.device | str = "cpu") -> None:
+    def __init__(self, classes: Classes, device: torch.device | str = "cpu", *, counts: Tensor | None = None) -> None:
         self.classes = classes
         size = classes.num_outputs
-        self.counts = torch.zeros(size, size, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(size, size, dtype=torch.int64, device=device) if counts is None else counts
 
     def update(self, prediction: Tensor, labels: Tensor) -> None:
         """Count a batch.
@@ -45,9 +45,7 @@ class ConfusionMatrix:
         self.counts += counts.view(size, size)
 
     def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
-        total = ConfusionMatrix(self.classes, self.counts.device)
-        total.counts = self.counts + other.counts
-        return total
+        return ConfusionMatrix(self.classes, counts=self.counts + other.counts)
 
     @property
     def _valid(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The flags of the four evaluation scripts, and what they open: a model and a split."""
+"""The flags of the evaluation scripts, and what they open: a model and a split."""
 
 import os
 from dataclasses import dataclass
@@ -56,7 +56,9 @@ class ColorOptions(Options):
     overlay: float | None = None
     """Blend with the photograph, at its size: 0 shows the photograph alone, 1 the classes alone."""
     label_ids: bool = False
-    """Write single-channel label ids at full size, as benchmark servers take them."""
+    """Write single-channel label ids at full size, as the Cityscapes server takes them."""
+    train_ids: bool = False
+    """Write single-channel train ids (road is 0) at full size, as the ACDC server takes them."""
 
 
 def find_weights(options: Options, dataset: str) -> Path:

@@ -1,14 +1,18 @@
-"""Segment any photographs: files, folders, patterns; by our weights, a Hugging Face folder or an ONNX file.
+"""Segment any photographs and videos: files, folders, patterns; by our weights, a Hugging Face folder or an ONNX file.
 
     python eval/predict.py street.jpg --weights outputs/TransKDBase_cityscapes/student.safetensors --output-dir out
     python eval/predict.py photos/ 'drive/*.png' --weights student.onnx --output-dir out --kinds color label_ids
+    python eval/predict.py drive.mp4 --weights student.safetensors --output-dir out --kinds side_by_side
 
 Each kind of picture has its folder: out/color/street.png, out/overlay/street.png. Pictures have the photograph's size,
 and its name; below a folder or a pattern they keep their subfolders.
     color          the classes by the data set's palette
     overlay        the same, blended with the photograph
-    label_ids      one channel, the label ids that benchmark servers take
+    label_ids      one channel, the label ids that Cityscapes' server takes
     side_by_side   photograph, overlay and classes in a row, with a legend of the classes that were found
+
+A video becomes an MP4 file of its size and frame rate, without sound: out/overlay/drive.mp4. Of its label ids each
+frame becomes a file: out/label_ids/drive.mp4/000000.png. This needs PyAV: pip install -r requirements-video.txt.
 """
 
 import glob
@@ -16,10 +20,11 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 if __package__ in (None, ""):  # run from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -35,7 +40,7 @@ from cli import UserError, find_device, run
 from datasets import DATASETS, find_layout
 from datasets.classes import Classes
 from datasets.transforms import resize_image, to_float
-from eval import rendering
+from eval import rendering, video
 from eval.inference import progress_line, save_png, upsample
 from eval.options import claim_folder
 from models import load_model
@@ -48,10 +53,10 @@ R = TypeVar("R")
 
 @dataclass
 class Options:
-    """Segment photographs of any size and write the result as pictures."""
+    """Segment photographs and videos of any size and write the result as pictures and videos."""
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Photographs, folders of them, or patterns such as 'drive/**/*.jpg'."""
+    """Photographs, videos, folders of them, or patterns such as 'drive/**/*.jpg'."""
     weights: Path
     """A checkpoint (ours or a released one), a Hugging Face folder, or an ONNX file that models.export wrote."""
     output_dir: Path
@@ -71,6 +76,8 @@ class Options:
 
 
 Network = Callable[[Tensor], Tensor]  # images (B, 3, H, W), RGB in [0, 1] -> logits (B, C, h, w) or classes (B, h, w)
+Read = tuple[Any, Image.Image, Tensor]  # a photograph's path or a frame's number, the picture, what the network sees
+Predicted = tuple[Any, Image.Image, np.ndarray]  # the same with classes (H, W)
 
 
 def main(options: Options) -> None:
@@ -78,53 +85,120 @@ def main(options: Options) -> None:
     if options.batch_size < 1 or options.height < 32:
         raise UserError("--batch-size must be at least 1, --height at least 32")
     if not options.inputs:
-        raise UserError("name what to predict: photographs, folders or patterns")
+        raise UserError("name what to predict: photographs, videos, folders or patterns")
     if not 0 <= options.alpha <= 1:
         raise UserError(f"--alpha {options.alpha} is no share of colour; give 0 to 1")
     classes = find_layout(options.dataset).classes
-    photographs = find_photographs(options.inputs)
-    targets = find_targets(photographs, options)
+    inputs = find_inputs(options.inputs)
+    photographs = [source for source in inputs if not is_video(source)]
+    videos = [source for source in inputs if is_video(source)]
+    if videos:
+        video.import_av()
+    targets = find_targets(inputs, options)
     network = open_network(options.weights, classes, options.device)
     claim_folder(options.output_dir)
     failed: list[Path] = []
 
-    def read(source: Path) -> tuple[Path, Image.Image, Tensor] | None:
+    def warn(source: Path, error: Exception) -> None:
+        print(f"warning: {source} can't be read ({error})", file=sys.stderr)
+        failed.append(source)
+
+    def read(source: Path) -> Read | None:
         try:
             with Image.open(source) as file:
                 image = ImageOps.exif_transpose(file).convert("RGB")
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            print(f"warning: {source} can't be read ({error})", file=sys.stderr)
-            failed.append(source)
+            warn(source, error)
             return None
-        pixels = np.array(resize_image(image, options.height))
-        return source, image, torch.from_numpy(pixels).permute(2, 0, 1)
+        return source, image, to_pixels(image, options.height)
 
-    def write(source: Path, photograph: Image.Image, labels: np.ndarray) -> None:
+    def write(predicted: Predicted) -> None:
+        source, photograph, labels = predicted
         for kind, path in targets[source].items():
             save_png(picture(kind, photograph, labels, classes, options.alpha), path)
 
+    if photographs:
+        with (
+            ThreadPoolExecutor() as threads,
+            progress_line("predicting", len(photographs)) as advance,
+            torch.inference_mode(),
+        ):
+            read_ahead = ahead(threads, read, photographs, 2 * options.batch_size + 4)
+            predicted = predict(network, read_ahead, options.batch_size, classes)
+            for _ in ahead(threads, write, predicted, 2 * options.batch_size + 8):
+                advance(1)
+    for source in videos:
+        try:
+            predict_video(source, targets[source], network, classes, options)
+        except video.UnreadableError as error:
+            warn(source, error)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(inputs)} inputs can't be read: {failed[0]}" + " …" * (len(failed) > 1))
+    counts = {"photographs": len(photographs), "videos": len(videos)}
+    done = ", ".join(
+        f"{count} {name.removesuffix('s') if count == 1 else name}" for name, count in counts.items() if count
+    )
+    print(f"{done}: {', '.join(options.kinds)} in {options.output_dir}")
+
+
+def predict_video(source: Path, targets: dict[str, Path], network: Network, classes: Classes, options: Options) -> None:
+    """Write a video for each kind, and label ids as a PNG for each frame.
+
+    Raises:
+        video.UnreadableError: it can't be read; no video has been written.
+        UserError: the result can't be written.
+    """
+    opened = video.Video(source)
+
+    def prepare(frame: tuple[int, Image.Image]) -> Read:
+        return *frame, to_pixels(frame[1], options.height)
+
+    def paint(predicted: Predicted) -> dict[str, Image.Image]:
+        _, frame, labels = predicted
+        # a legend of the classes in this frame would change the picture's size from frame to frame
+        present = range(classes.num_classes)
+        return {kind: picture(kind, frame, labels, classes, options.alpha, present) for kind in targets}
+
     with (
         ThreadPoolExecutor() as threads,
-        progress_line("predicting", len(photographs)) as advance,
+        progress_line(source.name, opened.about) as advance,
         torch.inference_mode(),
+        ExitStack() as stack,
     ):
-        written: deque[Future[None]] = deque()
-        read_ahead = ahead(threads, read, photographs, 2 * options.batch_size + 4)
-        for batch in batches(read_ahead, options.batch_size):
-            pixels = torch.stack([x for _, _, x in batch])
-            for (source, photograph, _), prediction in zip(batch, network(to_float(pixels)), strict=True):
-                labels = labels_at(prediction, (photograph.height, photograph.width), classes)
-                written.append(threads.submit(write, source, photograph, labels))
-            while len(written) > 2 * options.batch_size + 8:  # a slow disk must not fill the memory
-                written.popleft().result()
-            advance(len(batch))
-        for future in written:
-            future.result()
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(photographs)} photographs can't be read: {failed[0]}" + " …" * (len(failed) > 1)
-        )
-    print(f"{len(photographs)} photographs: {', '.join(options.kinds)} in {options.output_dir}")
+        files = {
+            kind: stack.enter_context(video.writing_video(path, opened.rate))
+            for kind, path in targets.items()
+            if kind != "label_ids"
+        }
+        read_ahead = ahead(threads, prepare, enumerate(opened.frames()), options.batch_size + 4)
+        predicted = predict(network, read_ahead, options.batch_size, classes)
+        index = -1
+        for index, pictures in enumerate(ahead(threads, paint, predicted, 4)):
+            for kind, frame in pictures.items():
+                if kind in files:
+                    files[kind].add(frame)
+                else:
+                    save_png(frame, targets[kind] / f"{index:06}.png")
+            advance(1)
+        if index < 0:
+            raise video.UnreadableError("no frame in it")
+    if opened.count is not None and index + 1 < opened.count:
+        print(f"warning: {source} ends after {index + 1} of its {opened.count} frames", file=sys.stderr)
+
+
+def predict(
+    network: Network, pictures: Iterable[Read | None], batch_size: int, classes: Classes
+) -> Iterator[Predicted]:
+    """Each picture, in order, with its classes at its own size."""
+    for batch in batches(pictures, batch_size):
+        pixels = torch.stack([x for _, _, x in batch])
+        for (source, image, _), prediction in zip(batch, network(to_float(pixels)), strict=True):
+            yield source, image, labels_at(prediction, (image.height, image.width), classes)
+
+
+def to_pixels(image: Image.Image, height: int) -> Tensor:
+    """(3, H, W) uint8, resized as in training."""
+    return torch.from_numpy(np.array(resize_image(image, height))).permute(2, 0, 1)
 
 
 def open_network(weights: Path, classes: Classes, device_name: str) -> Network:
@@ -148,8 +222,8 @@ def open_network(weights: Path, classes: Classes, device_name: str) -> Network:
     return network
 
 
-def find_photographs(inputs: Iterable[str]) -> dict[Path, Path]:
-    """Every photograph that the inputs mean, and its path below the folder or pattern that it was found by.
+def find_inputs(inputs: Iterable[str]) -> dict[Path, Path]:
+    """Every photograph and video that the inputs mean, and its path below the folder or pattern it was found by.
 
     Raises:
         UserError: an input means none.
@@ -160,36 +234,48 @@ def find_photographs(inputs: Iterable[str]) -> dict[Path, Path]:
         if path.is_file():
             new = {path: Path(path.name)}
         elif path.is_dir():
-            new = {file: file.relative_to(path) for file in sorted(path.rglob("*")) if is_photograph(file)}
+            new = {file: file.relative_to(path) for file in sorted(path.rglob("*")) if is_input(file)}
         else:
             parts = path.parts
             fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
             base = Path(*parts[:fixed])
             matches = map(Path, sorted(glob.glob(name, recursive=True)))  # noqa: PTH207 (an absolute pattern is fine)
-            new = {file: file.relative_to(base) for file in matches if is_photograph(file)}
+            new = {file: file.relative_to(base) for file in matches if is_input(file)}
         if not new:
-            raise UserError(f"{name} is no photograph and no folder or pattern of some ({', '.join(SUFFIXES)})")
+            kinds = ", ".join(SUFFIXES + video.SUFFIXES)
+            raise UserError(f"{name} is no photograph, no video, and no folder or pattern of some ({kinds})")
         found = new | found
     return found
 
 
-def is_photograph(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+def is_input(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES + video.SUFFIXES and path.is_file()
 
 
-def find_targets(photographs: dict[Path, Path], options: Options) -> dict[Path, dict[str, Path]]:
-    """For each photograph the file of every kind; UserError if two share one, or one is a photograph."""
+def is_video(path: Path) -> bool:
+    return path.suffix.lower() in video.SUFFIXES
+
+
+def find_targets(inputs: dict[Path, Path], options: Options) -> dict[Path, dict[str, Path]]:
+    """For each input the file of every kind; UserError if two share one, or one is an input."""
+
+    def target(kind: str, source: Path, name: Path) -> Path:
+        if not is_video(source):
+            name = name.with_suffix(".png")
+        elif kind != "label_ids":  # which are a folder of PNG files, called as the video
+            name = name.with_suffix(".mp4")
+        return options.output_dir / kind / name
+
     targets: dict[Path, dict[str, Path]] = {
-        source: {kind: options.output_dir / kind / name.with_suffix(".png") for kind in options.kinds}
-        for source, name in photographs.items()
+        source: {kind: target(kind, source, name) for kind in options.kinds} for source, name in inputs.items()
     }
     owners: dict[Path, Path] = {}
-    inputs = {source.resolve() for source in photographs}
+    resolved = {source.resolve() for source in inputs}
     for source, files in targets.items():
         for path in files.values():
             if path in owners:
                 raise UserError(f"{owners[path]} and {source} would both become {path}; predict them one by one")
-            if path.resolve() in inputs:
+            if path.resolve() in resolved:
                 raise UserError(f"{path} is an input; choose another --output-dir")
             owners[path] = source
     return targets
@@ -206,16 +292,13 @@ def ahead(threads: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T
         yield waiting.popleft().result()
 
 
-Read = tuple[Path, Image.Image, Tensor]
-
-
-def batches(photographs: Iterable[Read | None], size: int) -> Iterator[list[Read]]:
+def batches(pictures: Iterable[Read | None], size: int) -> Iterator[list[Read]]:
     """Neighbours of one size, at most `size` of them; those that could not be read are left out."""
-    readable = (photograph for photograph in photographs if photograph is not None)
-    for _, group in groupby(readable, key=lambda photograph: photograph[2].shape):
+    readable = (picture for picture in pictures if picture is not None)
+    for _, group in groupby(readable, key=lambda picture: picture[2].shape):
         batch: list[Read] = []
-        for photograph in group:
-            batch.append(photograph)
+        for item in group:
+            batch.append(item)
             if len(batch) == size:
                 yield batch
                 batch = []
@@ -232,8 +315,15 @@ def labels_at(prediction: Tensor, size: tuple[int, int], classes: Classes) -> np
     return labels.to(torch.uint8).cpu().numpy()
 
 
-def picture(kind: str, photograph: Image.Image, labels: np.ndarray, classes: Classes, alpha: float) -> Image.Image:
-    """One kind of picture."""
+def picture(
+    kind: str,
+    photograph: Image.Image,
+    labels: np.ndarray,
+    classes: Classes,
+    alpha: float,
+    present: Iterable[int] | None = None,
+) -> Image.Image:
+    """One kind of picture. `present`: the classes of a legend, by default those that occur."""
     if kind == "label_ids":
         return rendering.to_label_ids(labels, classes)
     colors = rendering.colorize(labels, classes)
@@ -243,7 +333,9 @@ def picture(kind: str, photograph: Image.Image, labels: np.ndarray, classes: Cla
     if kind == "overlay":
         return blend
     row = rendering.side_by_side([("photograph", photograph), ("overlay", blend), ("classes", colors)])
-    return rendering.stack([row, rendering.legend(classes, width=row.width, present=np.unique(labels).tolist())])
+    return rendering.stack(
+        [row, rendering.legend(classes, row.width, np.unique(labels).tolist() if present is None else present)]
+    )
 
 
 if __name__ == "__main__":

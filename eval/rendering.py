@@ -19,7 +19,7 @@ def colorize(labels: np.ndarray, classes: Classes) -> Image.Image:
 
 
 def to_label_ids(labels: np.ndarray, classes: Classes) -> Image.Image:
-    """Train ids (H, W) to the single-channel label ids that benchmark servers take; ignore to 0."""
+    """Train ids (H, W) to the single-channel label ids that Cityscapes' server takes; ignore to 0."""
     return Image.fromarray(np.take(np.asarray(classes.label_ids, np.uint8), labels))
 
 

@@ -1,12 +1,17 @@
-"""One HTML page about training runs: table, curves, IoU per class, pictures. No other file needed.
+"""One HTML page about training runs that needs no other file, and its charts as PNG files in a folder beside it.
 
-    python -m eval.report outputs/student outputs/TransKDBase --output report.html
+    python -m eval.report outputs/student_cityscapes outputs/TransKDBase_cityscapes --output report.html
+    python -m eval.report outputs/student_cityscapes --evaluate --datadir /data/cityscapes
 
-Reads options.json and metrics.jsonl of each run folder, and eval.json where there is one (put it
-there by `eval/eval_…_iou.py --json RUN/eval.json`); without it the last validation is shown.
+Results, curves, IoU per class and condition, confusion matrices, the worst and best images, options that differ.
+
+Reads options.json and metrics.jsonl of each run folder, and eval.json where there is one: `--evaluate` makes it, and so
+does `eval/eval_…_iou.py --json RUN/eval.json`. Without it the last validation is shown. The worst and best images are
+predicted anew with the weights and the data that eval.json names. The page says what it could not show.
 """
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +25,14 @@ import tyro
 if __package__ in (None, ""):  # run from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cli import UserError, run
-from eval.charts import LARGE, bar_chart, legend, line_chart
+from cli import UserError, find_device, run, writing
+from eval.charts import COLORS, LARGE, Chart, bar_chart, confusion_chart, line_chart
+from eval.commands import score
+from eval.examples import Example, find_examples
+from eval.inference import save_png
 from eval.metrics import percent
-from eval.page import Picture, figure, page, table
+from eval.options import IoUOptions, claim_folder
+from eval.page import Picture, figure, legend, page, panels, table
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,9 @@ def write_report(
     runs: Sequence[Run] = (),
     evaluations: Mapping[str, dict[str, Any]] | None = None,
     pictures: Sequence[Picture] = (),
+    examples: Sequence[Example] = (),
+    notes: Sequence[str] = (),
+    plots: Path | None = None,
 ) -> Path:
     """Write the page to `path` and return it.
 
@@ -95,26 +107,59 @@ def write_report(
     `evaluations`: by name, what an IoU script's --json wrote; names of runs take their colour,
     others (a teacher) stand beside them. Runs that are not named bring their own.
     `pictures`: PNG files (the file's name is the caption) or (caption, image).
+    `examples`: the worst and best images. `notes`: what the page can't show, and why.
+    `plots`: a folder for charts and examples as PNG files.
     """
     found = {one.name: one.evaluation() for one in runs}
     evaluations = {**{name: e for name, e in found.items() if e}, **(evaluations or {})}
     colors = {name: i for i, name in enumerate(dict.fromkeys([*found, *evaluations]))}
+    uncounted = [
+        f"Confusion matrix of {name}: its evaluation has no counts; evaluate it by the IoU script's --json, or with "
+        "--evaluate where there is no eval.json."
+        for name, evaluation in evaluations.items()
+        if "confusion" not in evaluation
+    ]
+    training, classes = training_charts(runs, colors), classes_chart(evaluations, colors)
+    conditions, confusions = conditions_chart(evaluations, colors), confusion_charts(evaluations)
+    everywhere = legend(css_colors(colors))
     sections = [
         ("Results", summary_table(runs, evaluations, colors)),
-        ("Training", curves(runs, colors)),
-        ("IoU per class", classes_section(evaluations, colors)),
-        ("Conditions", conditions_table(evaluations)),
+        ("Training", everywhere + charts_html(training, "charts") if training else ""),
+        ("IoU per class", everywhere + wide(classes) + classes_table(evaluations) if classes else ""),
+        ("Conditions", everywhere + wide(conditions) + conditions_table(evaluations) if conditions else ""),
+        ("Confusion matrices", charts_html(confusions, "matrices") if confusions else ""),
+        ("Worst and best images", examples_html(examples)),
         ("Pictures", "".join(figure(picture) for picture in pictures)),
         ("Options that differ", options_table(runs)),
         ("Made with", provenance_table(runs)),
+        ("Not shown", "".join(f"<p class='note'>{escape(note)}</p>" for note in [*uncounted, *notes])),
     ]
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(title, introduction, sections), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    claim_folder(path.parent)
+    with writing(path) as aside:
+        aside.write_text(page(title, introduction, sections), encoding="utf-8")
+    if plots is not None:
+        claim_folder(plots)
+        for chart in (*training, *filter(None, (classes, conditions)), *confusions):
+            chart.save(plots)
+        for index, example in enumerate(examples, 1):
+            save_png(example.picture(), plots / f"{index:02}_{example.kind}.png")
     return path
+
+
+def css_colors(colors: Mapping[str, int]) -> dict[str, str]:
+    return {name: f"var(--c{index % COLORS})" for name, index in colors.items()}
+
+
+def charts_html(charts: Sequence[Chart], kind: str) -> str:
+    """Charts in a grid, each under its title."""
+    figures = (f"<figure><figcaption>{escape(c.title)}</figcaption>{c.svg()}</figure>" for c in charts)
+    return f'<div class="{kind}">{"".join(figures)}</div>'
+
+
+def wide(chart: Chart) -> str:
+    """One chart at the page's width."""
+    return f'<div class="wide">{chart.svg()}</div>'
 
 
 def summary_table(runs: Sequence[Run], evaluations: Mapping[str, dict[str, Any]], colors: Mapping[str, int]) -> str:
@@ -136,60 +181,98 @@ def summary_table(runs: Sequence[Run], evaluations: Mapping[str, dict[str, Any]]
             ]
         result = evaluations.get(name, {})
         if "protocol" in result:
-            score = f"{percent(result['mean_iou'])} <small>{escape(result['protocol'])}</small>"
+            evaluated = f"{percent(result['mean_iou'])} <small>{escape(result['protocol'])}</small>"
         else:
-            score = ""
-        swatch = f'<i class="swatch" style="background:var(--c{color % 8})"></i>'
-        rows.append([swatch + escape(name), cells[0], score, *cells[1:]])
+            evaluated = ""
+        swatch = f'<i class="swatch" style="background:var(--c{color % COLORS})"></i>'
+        rows.append([swatch + escape(name), cells[0], evaluated, *cells[1:]])
     heads = ["run", "method", "evaluated", "best", "last", "steps", "parameters"]
     used = [i for i, _ in enumerate(heads) if i == 0 or any(row[i] for row in rows)]
     note = "<p class='note'>mIoU in %: evaluated by the IoU script, best and last in training.</p>"
     return table([heads[i] for i in used], [[row[i] for i in used] for row in rows]) + note
 
 
-def curves(runs: Sequence[Run], colors: Mapping[str, int]) -> str:
+def training_charts(runs: Sequence[Run], colors: Mapping[str, int]) -> list[Chart]:
     """mIoU, then one chart per loss term, total first."""
-    if not runs:
-        return ""
-    mine = {one.name: colors[one.name] for one in runs}
     validated = {one.name: [(step, 100 * value) for step, value in one.curve("val", "mean_iou")] for one in runs}
     teachers = {r["mean_iou"] for one in runs if (r := one.last("teacher")) and r["mean_iou"]}
     levels = {f"teacher {100 * value:.1f}": 100 * value for value in sorted(teachers)}
-    charts = [
-        (
-            "mIoU in validation, %",
-            line_chart(validated, colors, label="mIoU by step", unit=" %", levels=levels, dots=True, size=LARGE),
-        )
-    ]
+    title = "mIoU in validation, %"
+    charts = [line_chart("miou", title, validated, colors, unit=" %", levels=levels, dots=True, size=LARGE)]
     terms = dict.fromkeys(["total"])
     for one in runs:
         for record in one.records:
             terms |= dict.fromkeys(record.get("losses", {}))
     for term in terms:
         lines = {one.name: one.curve("train", "losses", term) for one in runs}
-        lines = {name: points for name, points in lines.items() if points}
-        charts.append((f"loss: {term}", line_chart(lines, colors, label=f"{term} loss by step")))
-    figures = (f"<figure><figcaption>{escape(name)}</figcaption>{chart}</figure>" for name, chart in charts if chart)
-    return legend(mine) + f'<div class="charts">{"".join(figures)}</div>'
+        charts.append(line_chart(f"loss_{term}", f"loss: {term}", lines, colors))
+    return [chart for chart in charts if chart is not None]
 
 
-def classes_section(evaluations: Mapping[str, dict[str, Any]], colors: Mapping[str, int]) -> str:
-    """Bars, and the same numbers as a table to unfold."""
+def classes_chart(evaluations: Mapping[str, dict[str, Any]], colors: Mapping[str, int]) -> Chart | None:
+    """IoU of every class that occurs, the runs' bars against each other."""
     scores = {name: e["per_class"] for name, e in evaluations.items() if e.get("per_class")}
-    if not scores:
-        return ""
-    names = list(dict.fromkeys(name for score in scores.values() for name in score))
-    bars = {
-        name: [None if score.get(key) is None else 100 * score[key] for key in names] for name, score in scores.items()
-    }
-    rows = [[escape(key), *(percent(s.get(key)) for s in scores.values())] for key in names]
+    names = [key for key in _classes(evaluations) if any(score.get(key) is not None for score in scores.values())]
+    bars = {name: [_percent(score.get(key)) for key in names] for name, score in scores.items()}
+    return bar_chart("iou_per_class", "IoU per class, %", names, bars, colors, unit=" %")
+
+
+def classes_table(evaluations: Mapping[str, dict[str, Any]]) -> str:
+    """The same numbers, to unfold."""
+    scores = {name: e["per_class"] for name, e in evaluations.items() if e.get("per_class")}
+    rows = [[escape(key), *(percent(s.get(key)) for s in scores.values())] for key in _classes(evaluations)]
     means = (f"<b>{percent(evaluations[name].get('mean_iou'))}</b>" for name in scores)
     numbers = table(["class", *map(escape, scores)], [*rows, ["<b>mean</b>", *means]])
-    return (
-        legend({name: colors[name] for name in scores})
-        + f'<div class="wide">{bar_chart(names, bars, colors, label="IoU per class", unit=" %")}'
-        + f"</div><details><summary>Numbers, IoU in %</summary>{numbers}</details>"
-    )
+    return f"<details><summary>Numbers, IoU in %</summary>{numbers}</details>"
+
+
+def _classes(evaluations: Mapping[str, dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for e in evaluations.values() for key in e.get("per_class", ())))
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
+
+
+def conditions_chart(evaluations: Mapping[str, dict[str, Any]], colors: Mapping[str, int]) -> Chart | None:
+    """mIoU under each condition, where an evaluation has them."""
+    split = {name: e["conditions"] for name, e in evaluations.items() if e.get("conditions")}
+    names = list(dict.fromkeys(key for conditions in split.values() for key in conditions))
+    bars = {
+        name: [_percent(conditions.get(key, {}).get("mean_iou")) for key in names] for name, conditions in split.items()
+    }
+    return bar_chart("conditions", "mIoU by condition, %", names, bars, colors, unit=" %")
+
+
+def confusion_charts(evaluations: Mapping[str, dict[str, Any]]) -> list[Chart]:
+    """One matrix for each evaluation that has counts."""
+    return [
+        confusion_chart(
+            f"confusion_{_stem(name)}", f"{name}, % of each true class", e["confusion"], list(e["per_class"])
+        )
+        for name, e in evaluations.items()
+        if "confusion" in e
+    ]
+
+
+def _stem(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def examples_html(examples: Sequence[Example]) -> str:
+    """Each example's panels, and the classes' colours."""
+    if not examples:
+        return ""
+    groups = []
+    for kind in dict.fromkeys(example.kind for example in examples):
+        chosen = "".join(panels(e.name, e.panels) for e in examples if e.kind == kind)
+        groups.append(f"<h3>{kind.capitalize()}</h3>{chosen}")
+    classes, present = examples[0].classes, sorted(set.union(*(example.present for example in examples)))
+    names = [*classes.names, "ignore"]
+    colors = {names[index]: "rgb({},{},{})".format(*classes.palette[index]) for index in present}
+    note = "By the mean IoU in % over the classes that occur in the image, averaged over the runs."
+    return f"<p class='note'>{note}</p>{legend(colors)}{''.join(groups)}"
 
 
 def conditions_table(evaluations: Mapping[str, dict[str, Any]]) -> str:
@@ -238,19 +321,63 @@ class Options:
     """Run folders, each with its metrics.jsonl."""
     output: Path = Path("report.html")
     """The page to write."""
+    plots: Path | None = None
+    """Folder of the PNG files (default: the page's name and _plots, beside it)."""
     title: str = "Training report"
     """The page's heading."""
+    evaluate: bool = False
+    """First evaluate the runs that have no eval.json, on the validation split of their data set, and write it."""
+    examples: int = 3
+    """How many of the worst and of the best images to show."""
+    datadir: Path | None = None
+    """Where the data set is now (default: where it was in training or evaluation)."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
 
 
 def main(options: Options) -> None:
     """Write one page about these runs."""
     if not options.runs:
         raise UserError("no run given; name at least one run folder")
+    if options.examples < 0:
+        raise UserError("--examples must be at least 0")
     names = [folder.resolve().name for folder in options.runs]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in options.runs]
     runs = [Run(name, folder) for name, folder in zip(names, options.runs, strict=True)]
-    print(f"report: {write_report(options.output, title=options.title, runs=runs)}")
+    if options.evaluate:
+        for one in runs:
+            evaluate_run(one, options)
+    evaluations = {one.name: e for one in runs if (e := one.evaluation())}
+    examples, notes = find_examples(
+        evaluations, count=options.examples, datadir=options.datadir, device=find_device(options.device)
+    )
+    plots = options.plots or options.output.with_name(f"{options.output.stem}_plots")
+    path = write_report(options.output, title=options.title, runs=runs, examples=examples, notes=notes, plots=plots)
+    print(f"report: {path}, plots: {plots}")
+
+
+def evaluate_run(one: Run, options: Options) -> None:
+    """Write the run's eval.json if it has none.
+
+    Raises:
+        UserError: its weights or data are gone.
+    """
+    path = one.folder / "eval.json"
+    if path.exists():
+        return
+    missing = [key for key in ("dataset", "datadir", "height") if key not in one.options]
+    if missing:
+        raise UserError(f"{one.folder / 'options.json'} has no {missing[0]}; evaluate this run by its IoU script")
+    chosen = IoUOptions(
+        datadir=options.datadir or Path(one.options["datadir"]),
+        weights=one.folder / f"{one.options.get('network', 'student')}.safetensors",
+        height=one.options["height"],
+        num_workers=0,
+        device=options.device,
+        json=path,
+    )
+    score(one.options["dataset"], chosen)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,15 @@ def test_paper_protocol_by_script(cityscapes: Path, model: SegFormer, weights: P
     assert written["mean_iou_published"] == pytest.approx(sum(expected.values()) / 19)
     assert (written["protocol"], written["images"]) == ("paper", 3)
     assert written["weights"] == str(weights) and "conditions" not in written
+    source = ("dataset", "datadir", "subset", "height")
+    assert [written[key] for key in source] == ["cityscapes", str(cityscapes), "val", 64]
+    for true, predicted in ((0, 0), (3, 19), (11, 2)):
+        pixels = sum(int(((y == true) & (p == predicted)).sum()) for p, y in pairs)
+        assert written["confusion"][true][predicted] == pixels
+    assert [len(row) for row in written["confusion"]] == 19 * [20]
+    for sample, pair in zip(data.samples, pairs, strict=True):
+        own = count([pair])
+        assert written["per_image"][sample.name] == pytest.approx(sum(own.values()) / len(own))
     assert f"{100 * written['mean_iou']:.2f}" in done.stdout
     assert ("published mean" in done.stdout) == (len(expected) < 19)
 
@@ -185,6 +194,8 @@ def test_full_protocol_is_what_cityscapesscripts_scores(
     assert {int(i) for path in predictions for i in np.unique(np.asarray(Image.open(path)))} <= set(
         CITYSCAPES.label_ids[:19]
     )
+    peer.args.predictionPath, peer.args.predictionWalk = str(pictures), None  # as it finds a submission's files
+    assert [peer.getPrediction(peer.args, str(truth)) for truth in truths] == [str(path) for path in predictions]
     peer.args.evalInstLevelScore, peer.args.JSONOutput, peer.args.quiet = False, False, True
     theirs = peer.evaluateImgLists([str(p) for p in predictions], [str(t) for t in truths], peer.args)
     ours = json.loads(scored.read_text())
@@ -208,12 +219,34 @@ def test_acdc_conditions(acdc: Path, weights: Path, tmp_path: Path, command: Any
         "rain": 1,
         "snow": 1,
     }
-    assert all(set(part) == set(written) - {"conditions"} for part in conditions.values())
+    assert all(
+        set(part) == {"protocol", "images", "mean_iou", "mean_iou_published", "per_class"}
+        for part in conditions.values()
+    )
+    assert sum(len(part["per_class"]) for part in conditions.values()) == 4 * 19 and len(written["per_image"]) == 5
     assert all(word in out for word in ("all", "fog", "night", "rain", "snow", "motorcycle"))
     data = open_split("ACDC", acdc, "val", height=64, cache=False, conditions=["night"])
     night = evaluate(load_model(weights), data, progress=False).counts.scores()
     assert {key: conditions["night"][key] for key in night} == night
     assert written["mean_iou"] not in [part["mean_iou"] for part in conditions.values()]
+
+
+def test_train_ids_are_what_the_acdc_server_takes(
+    acdc: Path, model: SegFormer, weights: Path, tmp_path: Path, command: Any
+) -> None:
+    """One channel at the photograph's size, 0 … 18, under names that stay distinct in one folder."""
+    data = open_split("ACDC", acdc, "val", height=64, cache=False)
+    flags = ["--datadir", acdc, "--weights", weights, "--height", 64, "--output-dir", tmp_path / "train_ids"]
+    assert command(eval_ACDC_color, *flags, "--train-ids")[0] == 0
+    files = [tmp_path / "train_ids" / sample.name for sample in data.samples]
+    assert len(files) == 5 and all(path.name.endswith("_rgb_anon.png") for path in files)
+    ids = render(model, data, tmp_path / "label_ids", ids="label_ids", progress=False)
+    for ours, theirs in zip(files, ids, strict=True):
+        picture = Image.open(ours)
+        assert picture.mode == "L" and picture.size == (SIZE[1], SIZE[0])
+        labels = np.asarray(picture)
+        assert labels.max() < 19 and len(np.unique(labels)) > 5
+        assert (np.asarray(CITYSCAPES.label_ids)[labels] == np.asarray(Image.open(theirs))).all()
 
 
 def test_colour_at_the_logits_size(acdc: Path, model: SegFormer, weights: Path, tmp_path: Path, command: Any) -> None:
@@ -271,6 +304,7 @@ def test_splits_without_labels_are_rendered_but_not_scored(
     [
         (["--overlay", "1.5"], "--overlay 1.5"),
         (["--overlay", "0.5", "--label-ids"], "exclude each other"),
+        (["--train-ids", "--label-ids"], "exclude each other"),
         (["--output-dir", "{datadir}"], "is an input image"),
         (["--output-dir", "{datadir}/unused.png"], "cannot make the folder"),
         (["--weights", "nowhere.pth"], "nowhere.pth"),

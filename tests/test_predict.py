@@ -1,7 +1,12 @@
 """Predicting on any photographs: the same as evaluation's pictures, by every kind of weights."""
 
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -10,6 +15,7 @@ from PIL import Image
 from cli import UserError
 from datasets.classes import CITYSCAPES
 from eval.predict import Options, labels_at, main
+from eval.video import UnreadableError, Video, writing_video
 from models import SegFormer, create_model, save_model
 from models.export import Options as ExportOptions
 from models.export import main as export
@@ -46,6 +52,25 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / name)
     (root / "notes.txt").write_text("no photograph")
     return root
+
+
+@pytest.fixture(scope="module")
+def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five frames of 80×150, 12.5 a second."""
+    path, rng = tmp_path_factory.mktemp("videos") / "drive.mkv", np.random.default_rng(1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(25, 2))
+        stream.width, stream.height, stream.pix_fmt = 150, 80, "yuv420p"
+        for _ in range(5):
+            blocks = rng.integers(0, 256, (8, 15, 3), np.uint8).repeat(10, 0).repeat(10, 1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(blocks)))
+        container.mux(stream.encode(None))
+    return path
+
+
+def frames(path: Path) -> list[Image.Image]:
+    with av.open(str(path)) as container:
+        return [frame.to_image() for frame in container.decode(video=0)]
 
 
 def pictures(folder: Path) -> dict[str, Image.Image]:
@@ -85,13 +110,15 @@ def test_a_folder_by_command(
         assert made[f"side_by_side/{name}.png"].height > photograph.height
 
 
-def test_every_kind_of_weights(weights: Path, photographs: Path, tmp_path: Path) -> None:
+def test_every_kind_of_weights(weights: Path, photographs: Path, drive: Path, tmp_path: Path) -> None:
     """A folder for Hugging Face gives the very same pictures; so does batching."""
     export(ExportOptions(weights=weights, format="hf", output=tmp_path / "hf"))
+    inputs: Any = (str(photographs), str(drive))
     for name, file, batch_size in (("ours", weights, 1), ("hf", tmp_path / "hf", 3)):
-        main(Options((str(photographs),), file, tmp_path / "out" / name, height=64, batch_size=batch_size))
+        out = tmp_path / "out" / name
+        main(Options(inputs, file, out, kinds=("label_ids",), height=64, batch_size=batch_size))
     ours, theirs = pictures(tmp_path / "out" / "ours"), pictures(tmp_path / "out" / "hf")
-    assert ours.keys() == theirs.keys() and len(ours) == 6
+    assert ours.keys() == theirs.keys() and len(ours) == 3 + 5
     for name, image in ours.items():
         assert np.mean(np.asarray(image) == np.asarray(theirs[name])) > 0.999
 
@@ -135,10 +162,102 @@ def test_a_damaged_photograph_costs_itself_alone(
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes((photographs / "a.png").read_bytes()[:2000])
     (tmp_path / "in" / "b.png").write_bytes((photographs / "a.png").read_bytes())
-    with pytest.raises(UserError, match=r"1 of 2 photographs can't be read: .*a\.png"):
+    with pytest.raises(UserError, match=r"1 of 2 inputs can't be read: .*a\.png"):
         main(Options((str(tmp_path / "in"),), weights, tmp_path / "out", height=64))
     assert set(pictures(tmp_path / "out")) == {"color/b.png", "overlay/b.png"}
     assert "a.png can't be read" in capsys.readouterr().err
+
+
+def test_a_video(network: SegFormer, weights: Path, drive: Path, tmp_path: Path, command: Command) -> None:
+    flags = ("--weights", weights, "--output-dir", tmp_path, "--height", 64, "--kinds", *KINDS, "--batch-size", 2)
+    done = command("eval/predict.py", drive, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "1 video: " in done.stdout and "5/5" in done.stderr
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    ids = [f"label_ids/drive.mkv/{index:06}.png" for index in range(5)]
+    assert written == {"color/drive.mp4", "overlay/drive.mp4", "side_by_side/drive.mp4", *ids}
+    source = frames(drive)
+    for kind in ("color", "overlay", "side_by_side"):
+        result = Video(tmp_path / kind / "drive.mp4")
+        assert (result.rate, result.count) == (Fraction(25, 2), 5)
+    colors, blends = (frames(tmp_path / kind / "drive.mp4") for kind in ("color", "overlay"))
+    assert len({picture.size for picture in frames(tmp_path / "side_by_side" / "drive.mp4")}) == 1
+    for index, frame in enumerate(source):
+        labels = expected(network, frame)
+        assert len(np.unique(labels)) > 3
+        assert (
+            np.mean(np.asarray(Image.open(tmp_path / ids[index])) == np.asarray(CITYSCAPES.label_ids)[labels]) > 0.999
+        )
+        assert colors[index].size == frame.size == (150, 80)
+        for video, exact in (
+            (colors, CITYSCAPES.palette[labels]),
+            (blends, (np.asarray(frame, float) + CITYSCAPES.palette[labels]) / 2),
+        ):
+            assert np.abs(np.asarray(video[index], float) - exact).mean() < 20  # what compression costs
+
+
+def test_videos_of_odd_size_and_turned_ones(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (65, 33), (0, 0, 255))
+    picture.paste((255, 0, 0), (0, 0, 32, 33))  # the left half is red
+    with writing_video(tmp_path / "new" / "odd.mp4", Fraction(5)) as file:
+        file.add(picture)
+    (frame,) = Video(tmp_path / "new" / "odd.mp4").frames()
+    assert frame.size == (65, 33)
+    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=5)
+        stream.width, stream.height = 64, 32
+        stream.set_display_rotation(90)  # counterclockwise, so that players show the left half below
+        container.mux(stream.encode(av.VideoFrame.from_image(picture.crop((0, 0, 64, 32)))))
+        container.mux(stream.encode(None))
+    (frame,) = Video(tmp_path / "phone.mp4").frames()
+    top, bottom = frame.getpixel((16, 4)), frame.getpixel((16, 60))
+    assert frame.size == (32, 64) and top[2] > 200 > top[0] and bottom[0] > 200 > bottom[2]
+
+
+def test_a_damaged_video_costs_itself_alone(
+    weights: Path, photographs: Path, drive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cut.mp4").write_bytes(b"no video")
+    inputs: Any = tuple(map(str, (tmp_path / "cut.mp4", photographs / "a.png", drive)))
+    with pytest.raises(UserError, match=r"1 of 3 inputs can't be read: .*cut\.mp4"):
+        main(Options(inputs, weights, tmp_path / "out", kinds=("color",), height=64))
+    assert {path.name for path in (tmp_path / "out" / "color").iterdir()} == {"a.png", "drive.mp4"}
+    assert "cut.mp4 can't be read (Invalid data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", [UnreadableError("broken"), KeyboardInterrupt()])
+def test_an_end_in_the_middle_leaves_no_half_video(
+    end: BaseException, weights: Path, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def some_frames(self: Video) -> Iterator[Image.Image]:
+        yield from (Image.new("RGB", (150, 80)) for _ in range(40))  # more than wait to be written
+        raise end
+
+    monkeypatch.setattr(Video, "frames", some_frames)
+    with pytest.raises(UserError if isinstance(end, Exception) else KeyboardInterrupt):
+        main(Options((str(drive),), weights, tmp_path, kinds=("color", "overlay"), height=64, batch_size=4))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_video_that_ends_early_is_told(
+    weights: Path, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = Video.__init__
+
+    def announce(self: Video, path: Path) -> None:
+        read(self, path)
+        self.count = 7
+
+    monkeypatch.setattr(Video, "__init__", announce)
+    main(Options((str(drive),), weights, tmp_path, kinds=("color",), height=64))
+    assert "drive.mkv ends after 5 of its 7 frames" in capsys.readouterr().err
+
+
+def test_without_pyav(weights: Path, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"install it by pip install -r requirements-video\.txt"):
+        main(Options((str(drive),), weights, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

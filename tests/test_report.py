@@ -4,21 +4,22 @@ import base64
 import io
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from cli import UserError
-from eval.charts import bar_chart, line_chart, thin, ticks
-from eval.page import to_html
-from eval.report import Run, write_report
+from eval.charts import bar_chart, confusion_chart, line_chart, thin
+from eval.examples import choose
+from eval.page import DARK, LIGHT, to_html
+from eval.report import Options, Run, main, write_report
+from models import create_model, save_model
+from tests.conftest import Command
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-VOID = {"meta", "img", "line", "rect", "circle", "polyline"}
+VOID = {"meta", "img"}
 
 
 class Page(HTMLParser):
@@ -33,7 +34,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attrs)))
-        if tag not in VOID or tag in ("line", "rect", "circle"):  # these hold their hover title
+        if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -85,18 +86,23 @@ def test_page(tmp_path: Path) -> None:
 
     # nothing is fetched
     assert not page.all("link") and not page.all("script")
-    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import""", html)
+    assert not re.search(r"""(src|href)=["'](?!data:|#)|url\((?!#)|@import""", html)
     # summary: best, last, evaluated, steps, parameters
     text = re.sub(r"<[^>]*>", " ", html)
     for word in ("40.00", "35.00", "52.00", "60.00 ", "3,719,284", "TransKDBase", "12.34", "teacher 61.0"):
         assert word in text, word
     assert "A &lt; B" in html and "Few &lt;scenes&gt;" in html and "&lt;wall&gt;" in html
-    # one colour a run in every chart: mIoU, total, ce, hcl for two runs each
-    strokes = [line["stroke"] for line in page.all("polyline")]
-    assert strokes == ["var(--c0)", "var(--c1)"] * 4
-    bars = [bar["fill"] for bar in page.all("rect")]
-    assert bars == ["var(--c0)", "var(--c1)", "var(--c2)", "var(--c2)"]  # no bar for an absent class
-    assert "step 4: 40 %" in html and "road, distilled &amp; more: 52 %" in html
+    # every mark says what it stands for, in its run's colour; an absent class has no bar
+    for mark, color in (
+        ("alone, step 4: 40 %", 0),
+        ("distilled &amp; more, step 6: 52 %", 1),
+        ("distilled &amp; more: 0.5 at step 6", 1),
+        ("&lt;wall&gt;, teacher: 30 %", 2),
+    ):
+        assert re.search(rf"<title>{mark}</title>((?!<title>).)*var\(--c{color}\)", html, re.DOTALL), mark
+    assert "road, alone: 35 %" in html and "&lt;wall&gt;, alone" not in html
+    assert not re.search("|".join({*LIGHT.values(), *DARK.values()}), html.split("</style>", 1)[1])
+    assert "Confusion matrix of alone: its evaluation has no counts" in text
     # options that differ, and only those
     assert "<td>seed</td><td>0</td><td>1</td>" in html and "<td>lr</td>" not in html
     # pictures are inside
@@ -125,40 +131,96 @@ def test_eval_json_goes_before_the_last_validation(tmp_path: Path) -> None:
         run.evaluation()
 
 
-def test_command(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "first", "student", [0.25])
-    call = [sys.executable, "-m", "eval.report", str(run.folder), "--output", "page.html"]
-    environment = {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+def test_command(scenes: Path, tmp_path: Path, command: Command) -> None:
+    """Two runs are evaluated and reported with their worst and best images, a third one that has lost its data."""
+    for seed, name in enumerate(("first", "second", "third")):
+        run = write_run(tmp_path / name, "student", [0.25], seed=seed)
+        torch.manual_seed(seed)
+        save_model(create_model("segformer_b0"), run.folder / "student.safetensors")
+        described = {"network": "student", "dataset": "cityscapes", "datadir": str(scenes), "height": 64, "seed": seed}
+        (run.folder / "options.json").write_text(json.dumps(described))
+    gone = {"dataset": "cityscapes", "datadir": "nowhere", "subset": "val", "height": 64, "weights": "gone"}
+    images = [path.relative_to(scenes).as_posix() for path in sorted(scenes.glob("leftImg8bit/val/*/*"))]
+    scores = {"mean_iou": 0.5, "per_class": {"road": 0.5}, "per_image": dict.fromkeys(images, 0.5)}
+    (tmp_path / "third" / "eval.json").write_text(json.dumps(gone | scores))
+
+    flags = ("--output", tmp_path / "page.html", "--evaluate", "--examples", 1)
+    runs = [tmp_path / name for name in ("first", "second", "third")]
+    done = command("-m", "eval.report", *runs, *flags)
     assert done.returncode == 0, done.stderr
-    assert "25.00" in (tmp_path / "page.html").read_text() and "page.html" in done.stdout
-    call[3] = str(tmp_path)
-    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "metrics.jsonl is missing" in done.stderr
+    assert str(tmp_path / "page.html") in done.stdout
+    page = Page((tmp_path / "page.html").read_text())
+    text = re.sub(r"<[^>]*>", " ", (tmp_path / "page.html").read_text())
+    first = json.loads((tmp_path / "first" / "eval.json").read_text())
+    assert set(first["per_image"]) == set(images) and first["weights"] == str(tmp_path / "first/student.safetensors")
+    assert "no folder nowhere" in text and "Confusion matrix of third" in text and "first, % of each true class" in text
+    panels = [str(image["alt"]) for image in page.all("img")]
+    titles = [[title.split(":")[0] for title in panels[i : i + 4]] for i in range(0, len(panels), 4)]
+    assert titles == 2 * [["image", "truth", "first", "second"]]
+    shown = [float(title.split(":")[1]) for title in panels if "first" in title]
+    assert shown[0] <= shown[1] and {f"{100 * score:.2f}" for score in first["per_image"].values()} >= {
+        f"{shown[0]:.2f}"
+    }
+    plots = {path.name for path in (tmp_path / "page_plots").iterdir()}
+    assert plots == {
+        *("miou.png", "loss_total.png", "loss_ce.png", "loss_hcl.png", "iou_per_class.png"),
+        *("confusion_first.png", "confusion_second.png", "01_worst.png", "02_best.png"),
+    }
+    for name in plots:
+        assert Image.open(tmp_path / "page_plots" / name).width > 300
 
 
-def test_curves_start_and_end_where_the_data_does() -> None:
-    html = line_chart({"a": [(0, 0.0), (10, 50.0), (20, float("nan"))]}, {"a": 0}, label="x", size=(380, 240))
-    assert "nan" not in html
-    points = re.search(r'<polyline points="([^"]*)"', html)
-    assert points is not None
-    (x0, y0), (x1, y1) = ([float(v) for v in p.split(",")] for p in points[1].split())
-    assert (x0, x1) == (52, 380 - 12) and y0 == 240 - 42 and y1 == 10  # left, right, bottom, top
-    assert line_chart({"a": []}, {"a": 0}, label="x") == ""
-    assert bar_chart(["road"], {"a": [None]}, {"a": 0}, label="x") == ""
+def test_mistakes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "student", [0.25])
+    for options, says in (
+        (Options(()), "no run given"),
+        (Options((tmp_path,)), "metrics.jsonl is missing"),
+        (Options((run.folder,), examples=-1), "--examples"),
+        (Options((run.folder,), evaluate=True), "has no dataset; evaluate this run by its IoU script"),
+    ):
+        with pytest.raises(UserError, match=says):
+            main(options)
 
 
-@pytest.mark.parametrize(
-    ("high", "expected"),
-    [
-        (62.0, [0, 20, 40, 60, 80]),
-        (1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (2975.0, [0, 1000, 2000, 3000]),
-    ],
-)
-def test_ticks(high: float, expected: list[float]) -> None:
-    assert ticks(0, high) == expected
+def test_worst_and_best_images() -> None:
+    one = {"a": 0.1, "b": 0.9, "c": 0.5, "d": None, "e": 0.8}
+    two = {"a": 0.9, "b": 0.9, "c": 0.2, "d": 0.0, "f": 0.0}
+    assert choose([one], 2) == (["a", "c"], ["b", "e"])
+    assert choose([one, two], 1) == (["c"], ["b"])  # means 0.35 and 0.9; d, e and f are not scored by both
+    assert choose([one, two], 2) == (["c", "a"], ["b"])  # an image is in one list only
+    assert choose([one], 0) == ([], []) and choose([], 3) == ([], [])
+
+
+def marks(svg: str) -> list[str]:
+    return re.findall("<title>(.*?)</title>", svg)
+
+
+def test_charts_show_what_there_is() -> None:
+    colors = {"a": 0, "b": 9}
+    lines = {"a": [(0, 0.0), (10, 50.0), (20, float("nan"))], "b": []}
+    chart = line_chart("x", "X & Y", lines, colors, unit=" %", levels={"teacher": 60}, dots=True)
+    assert chart is not None
+    assert marks(chart.svg()) == ["a: 50 % at step 10", "a, step 0: 0 %", "a, step 10: 50 %", "teacher"]
+    (axes,) = chart.figure.axes
+    assert axes.get_xlim()[0] == 0 and axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 60
+    assert 'aria-label="X &amp; Y"' in chart.svg()
+    assert line_chart("x", "X", {"a": []}, colors) is None
+    assert bar_chart("x", "X", ["road"], {"a": [None]}, colors) is None
+
+
+def test_confusion_is_a_share_of_the_true_class(tmp_path: Path) -> None:
+    """Classes that don't occur are left out; one that is only predicted comes last, before "ignore"."""
+    counts = [[6, 0, 2, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 0, 1], [0, 0, 0, 0, 0]]
+    chart = confusion_chart("x", "X", counts, ["road", "wall", "sky", "bus"])
+    found = dict(mark.split(": ") for mark in marks(chart.svg()))
+    assert list(found)[:4] == ["road as road", "road as sky", "road as wall", "road as ignore"]
+    assert found["road as road"] == "75.0 %" and found["sky as wall"] == found["sky as ignore"] == "25.0 %"
+    assert len(found) == 8 and not any("bus" in name for name in found)
+    before = chart.svg()
+    assert (
+        chart.save(tmp_path) == tmp_path / "x.png" and Image.open(tmp_path / "x.png").getpixel((1, 1))[:3] == (255,) * 3
+    )
+    assert "Rectangle" not in before  # marks lose matplotlib's own names
 
 
 def test_long_curves_are_averaged() -> None:
