@@ -82,6 +82,7 @@ def open_split(
     cache: bool = True,
     cache_dir: Path | None = None,
     augment: Augmentation | None = None,
+    full_labels: bool = False,
     require_labels: bool = True,
 ) -> SceneDataset:
     """Open "train", "val" or "test" of "cityscapes" or "ACDC" below `datadir`, sorted by path.
@@ -89,8 +90,9 @@ def open_split(
     `height` is the shorter side after resizing. `list_file` names the images to use, one a line,
     and `every` then takes each `every`-th image. `conditions` are ACDC's, all by default. `cache`
     keeps resized images in `cache_dir` (default: $TRANSKD_CACHE or ~/.cache/transkd), which is
-    built now if needed. Without `require_labels`, images may lack labels: their label is then all
-    ignore. Raises UserError for missing or unpaired files, and for bad options.
+    built now if needed. `full_labels` have the resized image's size instead of a quarter of it. Without
+    `require_labels`, images may lack labels: their label is then all ignore. Raises UserError for missing
+    or unpaired files, and for bad options.
     """
     if height < 32:
         raise UserError(f"--height {height} is too small for a network of stride 32; use at least 32")
@@ -104,7 +106,9 @@ def open_split(
             raise UserError(f"{list_file} names no image")
     if require_labels and (problems := pairing.problems()):
         raise UserError(f"{'; '.join(problems)} in {datadir}; expected {_expected(layout, subset)}")
-    scenes = SceneDataset(pairing.samples[::every], layout.classes, height=height, augment=augment)
+    scenes = SceneDataset(
+        pairing.samples[::every], layout.classes, height=height, augment=augment, full_labels=full_labels
+    )
     if cache:
         scenes.use_cache(cache_dir or default_cache_dir(), f"{layout.name}-{subset}-{height}")
     return scenes

@@ -1,7 +1,7 @@
-"""An exact cache: resized images and quarter-size labels in one memory-mapped file.
+"""An exact cache: resized images and their labels in one memory-mapped file.
 
 File: magic, number of samples, then per sample (offset, H, W) as int64, then per sample the image
-(3, H, W) and the label (ceil(H/4), ceil(W/4)) as uint8. It is written aside and renamed when
+(3, H, W) and the label (ceil(H/4), ceil(W/4)), or (H, W), as uint8. It is written aside and renamed when
 whole, under a lock, so a killed build leaves nothing that could be taken for a cache, and of two
 processes one builds and the other waits. Its name holds a hash of the settings and of every source
 file's path, size and time: a changed source makes a new cache, which replaces the old one.
@@ -10,21 +10,23 @@ file's path, size and time: a changed source makes a new cache, which replaces t
 import contextlib
 import fcntl
 import hashlib
+import math
 import mmap
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
 from cli import UserError
-from datasets.transforms import quarter
+from datasets.transforms import label_size
 
 _MAGIC = b"TransKD1"
 _MARGIN = 256 * 2**20
@@ -37,10 +39,13 @@ def default_cache_dir() -> Path:
 
 
 class Cache:
-    """Reads a whole cache file; `cache[i]` is (image, label), read-only views of the file."""
+    """Reads a whole cache file; `cache[i]` is (image, label), read-only views of the file.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `full` says that the labels have their images' size.
+    """
+
+    def __init__(self, path: Path, *, full: bool = False) -> None:
+        self.path, self.full = path, full
         with path.open("rb") as file:
             self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         if len(self._bytes) < 16 or self._bytes[:8].tobytes() != _MAGIC:
@@ -48,20 +53,20 @@ class Cache:
         count = int(self._bytes[8:16].view(np.int64)[0])
         self._index = self._bytes[16 : 16 + 24 * count].view(np.int64).reshape(count, 3)
         offset, height, width = (int(number) for number in self._index[-1])
-        if len(self._bytes) != offset + _sample_bytes(height, width):
+        if len(self._bytes) != offset + _sample_bytes(height, width, full):
             raise ValueError(f"{path} is not whole")
 
-    def __reduce__(self) -> tuple[type["Cache"], tuple[Path]]:
-        return Cache, (self.path,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Cache, full=self.full), (self.path,)
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         offset, height, width = (int(number) for number in self._index[index])
-        middle, end = offset + 3 * height * width, offset + _sample_bytes(height, width)
+        middle, end = offset + 3 * height * width, offset + _sample_bytes(height, width, self.full)
         image = self._bytes[offset:middle].reshape(3, height, width)
-        return image, self._bytes[middle:end].reshape(quarter(height), quarter(width))
+        return image, self._bytes[middle:end].reshape(label_size((height, width), full=self.full))
 
 
 def fingerprint(files: Sequence[Path], *settings: object) -> str:
@@ -79,13 +84,16 @@ def fingerprint(files: Sequence[Path], *settings: object) -> str:
 class Source(Protocol):
     """What is cached. Both methods are called from several threads."""
 
+    full_labels: bool
+    """Whether `read` returns labels of the images' size."""
+
     def __len__(self) -> int: ...
 
     def size(self, index: int) -> tuple[int, int]:
         """(H, W) of the image that `read` will return."""
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (3, H, W) and label (ceil(H/4), ceil(W/4)), uint8."""
+        """Image (3, H, W) and label (ceil(H/4), ceil(W/4)) or (H, W), uint8."""
 
 
 def open_cache(directory: Path, identity: str, version: str, source: Source) -> Cache | None:
@@ -96,17 +104,18 @@ def open_cache(directory: Path, identity: str, version: str, source: Source) -> 
     `source` raises, such as UserError for a broken file, is passed on.
     """
     path = directory / f"{identity}-{version}.bin"
+    full = source.full_labels
     with contextlib.suppress(OSError, ValueError):
-        return Cache(path)
+        return Cache(path, full=full)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _lock(directory / f"{identity}.lock"):
             with contextlib.suppress(OSError, ValueError):
-                return Cache(path)  # the process we waited for has built it
+                return Cache(path, full=full)  # the process we waited for has built it
             for remains in directory.glob(f"{identity}-*"):
                 remains.unlink(missing_ok=True)
             _build(path, source)
-            return Cache(path)
+            return Cache(path, full=full)
     except OSError as error:
         _note(f"no cache in {directory} ({error.strerror or error}); reading the image files directly")
         return None
@@ -134,7 +143,7 @@ def _fill(fd: int, path: Path, source: Source) -> None:
     pool = ThreadPoolExecutor()
     try:
         shapes = np.array(list(pool.map(source.size, range(count))), np.int64)
-        lengths = [_sample_bytes(int(height), int(width)) for height, width in shapes]
+        lengths = [_sample_bytes(int(height), int(width), source.full_labels) for height, width in shapes]
         offsets = 16 + 24 * count + np.cumsum([0, *lengths])
         total, free = int(offsets[-1]), shutil.disk_usage(path.parent).free
         if free < total + _MARGIN:
@@ -172,8 +181,8 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _sample_bytes(height: int, width: int) -> int:
-    return 3 * height * width + quarter(height) * quarter(width)
+def _sample_bytes(height: int, width: int, full: bool) -> int:
+    return 3 * height * width + math.prod(label_size((height, width), full=full))
 
 
 def _size(count: int) -> str:

@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     images: Tensor
     """(B, 3, H, W) uint8 RGB"""
     labels: Tensor
-    """(B, ceil(H/4), ceil(W/4)) uint8 train ids, ignore = n"""
+    """(B, ceil(H/4), ceil(W/4)) or, from a data set with full labels, (B, H, W); uint8 train ids, ignore = n"""
     indices: Tensor
     """(B,) int64, positions in `dataset.samples`"""
 

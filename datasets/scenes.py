@@ -17,7 +17,7 @@ from cli import UserError
 from datasets.cache import Cache, fingerprint, open_cache
 from datasets.classes import UNEXPECTED, Classes
 from datasets.samples import Sample
-from datasets.transforms import Augmentation, quarter, resize_image, resize_label, resized_size
+from datasets.transforms import Augmentation, label_size, resize_image, resize_label, resized_size
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -26,7 +26,7 @@ class Item(NamedTuple):
     image: Tensor
     """(3, H, W) uint8 RGB"""
     label: Tensor
-    """(ceil(H/4), ceil(W/4)) uint8 train ids, ignore = n"""
+    """(ceil(H/4), ceil(W/4)), or (H, W) from a data set with full labels; uint8 train ids, ignore = n"""
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
@@ -86,7 +86,7 @@ def _unexpected_values(sample: Sample, classes: Classes, values: np.ndarray) -> 
 
 
 class SceneDataset(Dataset[Item]):
-    """Resized images with quarter-size labels. Make one with `datasets.open_split`.
+    """Resized images with quarter-size labels, or with labels of their size. Make one with `datasets.open_split`.
 
     `dataset[index]` is the plain sample, `dataset[epoch, index]` the one that training sees in
     that epoch. Raises UserError, naming the file, for whatever is wrong with an image or a label.
@@ -99,11 +99,14 @@ class SceneDataset(Dataset[Item]):
         *,
         height: int = 512,
         augment: Augmentation | None = None,
+        full_labels: bool = False,
     ) -> None:
         self.samples = list(samples)
         self.classes = classes
         self.height = height
         self.augment = augment
+        self.full_labels = full_labels or (augment is not None and augment.zooms)
+        self.reduce = self.full_labels and not full_labels  # read at the image's size, handed out at a quarter
         self.cache: Cache | None = None
 
     def __len__(self) -> int:
@@ -116,15 +119,17 @@ class SceneDataset(Dataset[Item]):
         if self.augment and epoch is not None:
             draw = self.augment.draw(epoch, index)
             image, label = self.augment(image, label, draw, self.classes.ignore)
+        if self.reduce:
+            label = torch.tensor(resize_label(label.numpy(), (image.shape[1], image.shape[2])))
         return Item(image, label, index)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (3, H, W) and label (ceil(H/4), ceil(W/4)) straight from the files; all ignore if unlabelled."""
+        """Image (3, H, W) and label, (ceil(H/4), ceil(W/4)) or (H, W), from the files; all ignore if unlabelled."""
         sample = self.samples[index]
         photograph = read_image(sample.image)
         size = resized_size(self.height, (photograph.height, photograph.width))
         if sample.label is None:
-            label = np.full((quarter(size[0]), quarter(size[1])), self.classes.ignore, np.uint8)
+            label = np.full(label_size(size, full=self.full_labels), self.classes.ignore, np.uint8)
         else:
             full = read_label(sample, self.classes)
             if full.shape != (photograph.height, photograph.width):
@@ -132,7 +137,7 @@ class SceneDataset(Dataset[Item]):
                     f"{sample.image} is {photograph.height}×{photograph.width} pixels (height × width),"
                     f" but its label {sample.label} is {full.shape[0]}×{full.shape[1]}"
                 )
-            label = resize_label(full, size)
+            label = resize_label(full, size, full=self.full_labels)
         image = np.asarray(resize_image(photograph, self.height))
         return np.ascontiguousarray(image.transpose(2, 0, 1)), label
 
@@ -157,6 +162,7 @@ class SceneDataset(Dataset[Item]):
     def use_cache(self, directory: Path, title: str) -> None:
         """Read from a cache in `directory` from now on, which is built if there is none (see `cache`)."""
         names = fingerprint([], [str(sample.image.absolute()) for sample in self.samples])
+        title += "-full" * self.full_labels
         self.cache = open_cache(directory, f"{title}-{names}", self.fingerprint(), self)
 
     def size(self, index: int) -> tuple[int, int]:

@@ -45,6 +45,8 @@ class Options(DistillationOptions):
             raise cli.UserError(f"--kd-temperature is {self.kd_temperature}; it must be positive")
         if self.method == ALONE and self.settings.baseline:
             raise cli.UserError("a student alone has no --kd-weight or --kd-temperature; leave it out")
+        if self.method == ALONE and self.recipe != "paper":
+            self.logits_weight = 0.0  # the recipe's, and nobody teaches
 
     @property
     def settings(self) -> Settings:

@@ -1,16 +1,17 @@
 """The one training loop: distillation with any method, teachers and students alone.
 
 A run is a folder: options.json, metrics.jsonl, last.pt and best.pt (everything that decides the run's future),
-student.safetensors and student_best.safetensors (the bare network). Data order and augmentation are functions of
-(seed, epoch, image), so a run goes on in mid-epoch from a step count and torch's random state alone.
+student.safetensors and student_best.safetensors (the bare network; with `--ema`, its averaged weights). Data order and
+augmentation are functions of (seed, epoch, image), so a run goes on in mid-epoch from a step count and torch's random
+state alone.
 """
 
 import hashlib
+import json
 import math
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import PolynomialLR
 
 from cli import UserError
 from datasets import SceneDataset, open_split
@@ -28,8 +28,10 @@ from datasets.loading import Batch, Batches, training_batches
 from datasets.transforms import to_float
 from eval.inference import evaluate
 from models import save_model
+from models.base import Normalisation
 from models.distillation import Distiller
 from train.distributed import Ranks
+from train.optimisation import AveragedWeights, Plan, Schedule, new_optimizer
 from train.options import DistillationOptions, TrainingOptions
 from train.run_folder import RunFolder, load_checkpoint, provenance
 from train.tracking import NotFiniteError, Tracker
@@ -78,6 +80,7 @@ def start(options: TrainingOptions) -> Setup:
         every=options.subset_every,
         list_file=options.train_list,
         augment=options.augmentation,
+        full_labels=options.loss_size == "full",
         **common,
     )
     val_set = open_split(options.dataset, options.datadir, "val", **common)
@@ -94,33 +97,8 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
     ranks, folder, train_set, val_set, _ = setup
     device = ranks.device
     micro_batch = ranks.share(options.batch_size, options.accumulate)
-    if folder is not None:
-        folder.describe(
-            options,
-            parameters=sum(p.numel() for p in distiller.student.parameters()),
-            data=train_set.identity(),
-            teacher=distiller.teacher and fingerprint(distiller.teacher),
-            world_size=ranks.world_size,
-        )
-        if micro_batch == 1 < options.batch_size and distiller.fusion is not None:
-            print(
-                "warning: one image at a time a process: CSF then takes its squeeze for single images, and "
-                "BatchNorm sees one image; a larger --batch-size comes closer to the recipe",
-                file=sys.stderr,
-            )
-
-    distiller.to(device)
-    if options.sync_batchnorm:
-        nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
-    state = State()
-    optimizer = new_optimizer(distiller, options)
-    torch.manual_seed(options.seed + ranks.rank)  # building other modules drew other numbers; dropout is the same
-    if options.resume:
-        state = restore(options, ranks, distiller, optimizer)
-    schedule = new_schedule(optimizer, options, state.epoch)
-    if options.compile:
-        distiller.compile()
-    learner = ranks.wrap(distiller)
+    if isinstance(options, DistillationOptions) and options.logits_weight:
+        distiller.distil_logits(options.logits_weight, options.logits_temperature)
 
     def batches(epoch: int, steps_done: int = 0) -> Batches:
         return training_batches(
@@ -136,11 +114,41 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
         )
 
     steps_per_epoch = math.ceil(len(batches(1)) / options.accumulate)
-    epochs_left = max(options.num_epochs + 1 - state.epoch, 0)
-    steps_left = max(epochs_left * steps_per_epoch - state.batch, 0)
-    total_steps = min(state.step + steps_left, options.max_steps or sys.maxsize)
+    plan = Plan.of(options, len(train_set), steps_per_epoch)
+    if folder is not None:
+        folder.describe(
+            options,
+            parameters=sum(p.numel() for p in distiller.student.parameters()),
+            data=train_set.identity(),
+            teacher=distiller.teacher and fingerprint(distiller.teacher),
+            world_size=ranks.world_size,
+            **({"decay_steps": plan.steps} if options.schedule == "step" else {}),
+        )
+        if micro_batch == 1 < options.batch_size and distiller.fusion is not None:
+            print(
+                "warning: one image at a time a process: CSF then takes its squeeze for single images, and "
+                "BatchNorm sees one image; a larger --batch-size comes closer to the recipe",
+                file=sys.stderr,
+            )
+
+    distiller.to(device)
+    if options.sync_batchnorm:
+        nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+    state = State()
+    optimizer = new_optimizer(distiller, options)
+    averaged = AveragedWeights(distiller.student, options.ema) if options.ema else None
+    network = averaged.network if averaged else distiller.student  # what is validated and kept
+    torch.manual_seed(options.seed + ranks.rank)  # building other modules drew other numbers; dropout is the same
+    if options.resume:
+        state = restore(options, ranks, distiller, optimizer, averaged)
+    schedule = Schedule(optimizer, options, plan)
+    if options.compile:
+        distiller.compile()
+    learner = ranks.wrap(distiller)
+    total_steps = plan.total_steps(state.epoch, state.batch, state.step)
 
     def save(*, best: bool = False) -> None:
+        normalisation = distiller.student.normalisation
         random = ranks.gather([torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None])
         if folder is not None:
             content = {
@@ -148,13 +156,16 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
                 "optimizer": optimizer.state_dict(),
                 "state": vars(state),
                 "random": random,
+                "normalisation": normalisation and json.dumps(normalisation),
             }
+            if averaged is not None:
+                content["averaged"] = averaged.network.state_dict()
             folder.save(content, best=best)
 
     def keep_network(suffix: str, score: float) -> None:
         if folder is not None:
             facts = {"method": options.method, "dataset": options.dataset, "step": state.step, "mean_iou": score}
-            save_model(distiller.student, folder.path / f"{options.network}{suffix}.safetensors", **facts)
+            save_model(network, folder.path / f"{options.network}{suffix}.safetensors", **facts)
 
     def validate(model: nn.Module, event: str = "val") -> float:
         ranks.agree(model)
@@ -183,10 +194,10 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
 
         saved = time.monotonic()
         try:
-            while state.epoch <= options.num_epochs and state.step < total_steps:
+            while state.epoch <= plan.epochs and state.step < total_steps:
                 distiller.train()
-                lr = float(schedule.get_last_lr()[0])
                 for group in grouped(batches(state.epoch, state.batch), options.accumulate):
+                    schedule.set(state.epoch, state.step)
                     optimizer.zero_grad(set_to_none=True)
                     for batch in group:
                         with ranks.averaging(learner, batch is group[-1]):
@@ -198,7 +209,9 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
                     optimizer.step()
                     state.step += 1
                     state.batch += 1
-                    tracker.stepped(state.epoch, lr)
+                    if averaged is not None:
+                        averaged.update(state.step)
+                    tracker.stepped(state.epoch, schedule.lr)
                     if state.step >= total_steps:
                         break
                     if ranks.world_size > 1 and state.step % AGREE_EVERY:
@@ -206,20 +219,19 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
                     if ranks.any(interrupt.signal is not None):
                         break
                     if ranks.any(time.monotonic() - saved > 60 * options.save_every):
-                        tracker.flush(state.epoch, lr)
+                        tracker.flush(state.epoch, schedule.lr)
                         save()
                         saved = time.monotonic()
-                tracker.flush(state.epoch, lr)
+                tracker.flush(state.epoch, schedule.lr)
                 stop = ranks.any(interrupt.signal is not None)
                 if stop and state.step < total_steps:
                     break
 
                 epoch_done = state.batch >= steps_per_epoch
-                last = state.step >= total_steps or (epoch_done and state.epoch == options.num_epochs)
+                last = state.step >= total_steps or (epoch_done and state.epoch == plan.epochs)
                 due = last or (epoch_done and state.epoch % options.validate_every == 0)
-                score = validate(distiller.student) if due else 0.0
+                score = validate(network) if due else 0.0
                 if epoch_done:
-                    schedule.step()
                     state.epoch, state.batch = state.epoch + 1, 0
                 if due:
                     best = score > state.best
@@ -228,7 +240,7 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
                         f"step {state.step}/{total_steps}: val mIoU {score:.2%}, best {state.best:.2%}"
                         + (" *" if best else "")
                     )
-                    tracker.pictures(distiller.student, val_set)
+                    tracker.pictures(network, val_set)
                     keep_network("", score)
                     if best:  # before last.pt, which remembers that this was the best
                         keep_network("_best", score)
@@ -241,7 +253,7 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
                 f"the loss {error.term} is {error.value} at step {error.step} (images {names}); the last good state "
                 f"is kept in {options.run_dir}: look at these images, or try a lower --lr"
             ) from error
-        if state.step < total_steps and state.epoch <= options.num_epochs:
+        if state.step < total_steps and state.epoch <= plan.epochs:
             save()
             tracker.say(f"interrupted at step {state.step}; the same command with --resume goes on from there")
             sys.exit(128 + (interrupt.signal or signal.SIGTERM))
@@ -278,31 +290,6 @@ def prepare(device: torch.device, options: TrainingOptions) -> None:
     torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
 
 
-def new_optimizer(distiller: nn.Module, options: TrainingOptions) -> AdamW:
-    """AdamW on every parameter."""
-    return AdamW(distiller.parameters(), **hyperparameters(options), fused=True)
-
-
-def hyperparameters(options: TrainingOptions) -> dict[str, Any]:
-    return {"lr": options.lr, "betas": options.betas, "eps": options.eps, "weight_decay": options.weight_decay}
-
-
-def new_schedule(optimizer: AdamW, options: TrainingOptions, epoch: int = 1) -> PolynomialLR:
-    """The learning rate that falls once an epoch, as it stands in `epoch`.
-
-    As published, epoch e uses lr·(1 − e/1500): the schedule makes its first step before the training does.
-    """
-    for group in optimizer.param_groups:
-        group.update(hyperparameters(options))
-        group.pop("initial_lr", None)
-    schedule = PolynomialLR(optimizer, total_iters=options.lr_decay_epochs, power=options.lr_power)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # on purpose
-        for _ in range(epoch):
-            schedule.step()
-    return schedule
-
-
 def fingerprint(model: nn.Module) -> str:
     """Hash of a network's weights."""
     digest = hashlib.sha256()
@@ -311,21 +298,35 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:20]
 
 
-def restore(options: TrainingOptions, ranks: Ranks, distiller: Distiller, optimizer: AdamW) -> State:
-    """Take everything up from the last checkpoint.
+def restore(
+    options: TrainingOptions,
+    ranks: Ranks,
+    distiller: Distiller,
+    optimizer: AdamW,
+    averaged: AveragedWeights | None = None,
+) -> State:
+    """Take everything up from the last checkpoint; the optimizer's numbers are those of the options.
 
     Raises:
         UserError: there is none, or it belongs to another method, model or number of processes.
     """
     content = load_checkpoint(options.run_dir)
+    numbers = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         distiller.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
+        if averaged is not None:
+            averaged.network.load_state_dict(content["averaged"])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the checkpoint in {options.run_dir} is of another method or model ({reason})") from error
     if len(content["random"]) != ranks.world_size:
         raise UserError(f"{options.run_dir} was trained by {len(content['random'])} processes; go on with as many")
+    for group, chosen in zip(optimizer.param_groups, numbers, strict=True):
+        group.update(chosen)
+    if normalisation := content.get("normalisation"):
+        for network in [distiller.student] + ([averaged.network] if averaged else []):
+            network.normalisation = Normalisation(*map(tuple, json.loads(normalisation)))
     random, random_cuda = content["random"][ranks.rank]
     torch.set_rng_state(random)
     if random_cuda is not None and ranks.device.type == "cuda":

@@ -4,16 +4,21 @@ Liu et al., arXiv 2202.13393, section IV-B. The options are saved as options.jso
 """
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
+
+import tyro
 
 from cli import UserError
 from datasets import DATASETS, Augmentation
 from models import SegmentationModel, create_model, load_backbone, load_model
+from models.checkpoints import IMAGENET
 from models.distillation.losses import FEATURE_LOSSES
 from models.factory import MODELS
+from train.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 MIN_HEIGHT = 64  # stage 4 then has two rows
@@ -27,6 +32,9 @@ class TrainingOptions:
     """Name of the method; the run's folder is called after it."""
     network: ClassVar[str] = "student"
     """What the network that learns is called; its weights are written as NETWORK.safetensors."""
+
+    recipe: Literal[tuple(RECIPES)] = "paper"  # type: ignore[valid-type]
+    """Whose numbers are the flags' defaults: the paper's, or today's habits (--recipe modern --help shows them)."""
 
     dataset: Literal[DATASETS] = "cityscapes"  # type: ignore[valid-type]
     """Data set: which folders and names to look for below --datadir."""
@@ -48,6 +56,8 @@ class TrainingOptions:
     batch_size: int = 2
     """Images a step, over all processes. A larger batch at the same number of epochs means fewer steps, and a lower
     mIoU: a reader of the original trained at 10 instead of 2 and got 62.1 instead of 68.6."""
+    keep_steps: bool = False
+    """Repeat epochs until as many steps are done as at this script's published batch."""
     max_steps: int | None = None
     """Stop after this many steps in all (validating and saving as at an epoch's end)."""
     lr: float = 6e-5
@@ -57,11 +67,24 @@ class TrainingOptions:
     eps: float = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = 0.01
-    """AdamW's weight decay, on every parameter."""
+    """AdamW's weight decay."""
+    decay: Literal["all", "matrices"] = "all"
+    """Parameters with weight decay: every one, or all but norms and biases."""
+    schedule: Literal["epoch", "step"] = "epoch"
+    """The learning rate falls once an epoch towards --lr-decay-epochs, or once a step and is 0 after the last."""
     lr_decay_epochs: int = 1500
-    """The learning rate falls once an epoch, linearly, and would be 0 at this epoch."""
+    """With --schedule epoch: where the learning rate would be 0."""
     lr_power: float = 1.0
     """Power of the polynomial decay."""
+    warmup_steps: int = 0
+    """The learning rate rises linearly over the first N steps."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the network's weights, which is then validated and written as
+    NETWORK.safetensors; 0 averages nothing."""
+    loss_size: Literal["quarter", "full"] = "quarter"
+    """Cross entropy on labels of a quarter of the image's size, or on whole ones, with upsampled logits."""
+    normalisation: Literal["none", "imagenet", "auto"] = "none"
+    """Normalise the input by ImageNet's mean and deviation; auto does where an ImageNet encoder is started from."""
     drop_path_rate: float = 0.1
     """Stochastic depth of the last block of the network that learns; rises linearly from 0."""
     dropout: float = 0.1
@@ -72,6 +95,12 @@ class TrainingOptions:
     """Translate by up to this many label pixels (four image pixels each) in x and y."""
     published_shift: bool = False
     """Translate image and label by the same number of pixels, misaligned, as the published code does."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Scale by a random factor from MIN to MAX."""
+    crop: tuple[int, int] | None = None
+    """HEIGHT WIDTH of a random crop, padded by black where needed. Default: the resized image's size."""
+    jitter: float = 0.0
+    """Multiply brightness, contrast and saturation by up to 1 ± this."""
 
     output_dir: Path | None = None
     """The run's folder. Default: outputs/METHOD_DATASET in the repository."""
@@ -127,18 +156,56 @@ class TrainingOptions:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        for name in ("num_workers", "shift", "weight_decay"):
+        for name in ("num_workers", "shift", "weight_decay", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it can't be negative")
         if self.height < MIN_HEIGHT:
             raise UserError(f"--height is {self.height}; the network's four stages need at least {MIN_HEIGHT}")
-        if self.num_epochs > self.lr_decay_epochs:
+        if self.schedule == "epoch" and self.num_epochs > self.lr_decay_epochs:
             raise UserError(
                 f"--num-epochs {self.num_epochs} goes on after --lr-decay-epochs {self.lr_decay_epochs}, where the "
                 "learning rate is 0; raise the latter"
             )
         if not self.lr > 0:
             raise UserError(f"--lr is {self.lr}; it must be positive")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise UserError(f"--scale is {self.scale[0]} {self.scale[1]}; give the smaller factor first, above 0")
+        if self.crop is not None and min(self.crop) < MIN_HEIGHT:
+            raise UserError(f"--crop is {self.crop[0]} {self.crop[1]}; the four stages need at least {MIN_HEIGHT}")
+        for name in ("jitter", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if self.published_shift and (self.scale != (1.0, 1.0) or self.crop or self.loss_size == "full"):
+            raise UserError(
+                "--published-shift knows quarter-size labels alone; leave out --scale, --crop and --loss-size full"
+            )
+
+    @classmethod
+    def preset(cls, recipe: str) -> dict[str, Any]:
+        """A recipe's values of the flags that these options have, the name included."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return {"recipe": recipe} | {name: value for name, value in RECIPES[recipe].items() if name in names}
+
+    @classmethod
+    def defaults(cls, arguments: list[str]) -> Self | None:
+        """The options with the defaults of the recipe that the arguments name."""
+        words = [word for argument in arguments for word in argument.split("=", 1)]
+        names = [name for flag, name in itertools.pairwise(words) if flag == "--recipe" and name in RECIPES]
+        if not names or not RECIPES[names[-1]]:
+            return None
+        required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+        return cls(**dict.fromkeys(required, tyro.MISSING), **cls.preset(names[-1]))
+
+    @property
+    def recipe_batch_size(self) -> int:
+        """The published batch of this script."""
+        return int(type(self).batch_size)  # a dataclass keeps defaults on the class
+
+    def load_start(self, model: SegmentationModel, path: Path | None) -> None:
+        """Load the weights to start from, if any, and choose how the network's input is normalised."""
+        encoder_alone = path is not None and not load_backbone(model, path)
+        if self.normalisation == "imagenet" or (self.normalisation == "auto" and encoder_alone):
+            model.normalisation = IMAGENET
 
     def new_model(self, name: str, num_classes: int) -> SegmentationModel:
         """The network that is to learn, from random weights."""
@@ -150,7 +217,8 @@ class TrainingOptions:
 
     @property
     def augmentation(self) -> Augmentation:
-        return Augmentation(flip=self.flip, shift=self.shift, published_shift=self.published_shift, seed=self.seed)
+        names = {field.name for field in dataclasses.fields(Augmentation)}
+        return Augmentation(**{name: getattr(self, name) for name in names})
 
     def as_json(self) -> dict[str, Any]:
         """The options as plain JSON values, method and network included."""
@@ -175,8 +243,7 @@ class StudentOptions(TrainingOptions):
         path = self.student_weights
         if path is None and self.student_pretrained:
             path = pretrained_path(self.student_model)
-        if path is not None:
-            load_backbone(model, path)
+        self.load_start(model, path)
         return model
 
 
@@ -203,11 +270,17 @@ class DistillationOptions(StudentOptions):
     """Weight of CWloss and KL."""
     temperature: float = 1.0
     """Temperature of CWloss and KL."""
+    logits_weight: float = 0.0
+    """Weight of one more loss, between class probabilities: KL(teacher‖student). 0: none, as published."""
+    logits_temperature: float = 1.0
+    """Its temperature."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.temperature > 0:
             raise UserError(f"--temperature is {self.temperature}; it must be positive")
+        if not (self.logits_weight >= 0 and self.logits_temperature > 0):
+            raise UserError("--logits-weight can't be negative, and --logits-temperature must be positive")
         hcl = self.knowledge_distillation_loss == "hcl"
         if hcl and (self.lambda_cwd, self.temperature) != (1.0, 1.0):
             raise UserError("--lambda-cwd and --temperature are CWloss's and KL's; hcl has --review-kd-loss-weight")
@@ -232,7 +305,7 @@ class DistillationOptions(StudentOptions):
         }
 
     def teacher(self, num_classes: int) -> SegmentationModel:
-        """The trained teacher; it may have other classes than the data, since its logits enter no loss.
+        """The trained teacher; it may have other classes than the data where its logits enter no loss.
 
         Raises:
             UserError: no weights, weights of another model, or other classes with --validate-teacher.

@@ -15,7 +15,6 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
 import cli
-from models import load_backbone
 from models.distillation import Distiller
 from models.factory import MODELS
 from train.engine import start, train
@@ -42,8 +41,8 @@ class Options(TrainingOptions):
 def main(options: Options) -> None:
     setup = start(options)
     teacher = options.new_model(options.teacher_model, setup.classes.num_outputs)
-    if not options.from_scratch:
-        load_backbone(teacher, options.teacher_weights or pretrained_path(options.teacher_model))
+    start_from = None if options.from_scratch else options.teacher_weights or pretrained_path(options.teacher_model)
+    options.load_start(teacher, start_from)
     train(Distiller(teacher, setup.classes.weights), setup, options)
 
 

@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from cli import UserError
 from models.base import SegmentationModel, SegmentationOutput
-from models.distillation.losses import cross_entropy, embedding_loss, hierarchical_context_loss
+from models.distillation.losses import (
+    cross_entropy,
+    embedding_loss,
+    hierarchical_context_loss,
+    pixel_wise_divergence,
+)
 from models.distillation.pea import PatchEmbeddingAlignment
 
 FeatureLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -18,6 +23,8 @@ class Distiller(nn.Module):
     """Holds a student that doesn't know it is being distilled, and owns what is learned beside it.
 
     total = CE + feature_weight · feature_loss(CSF(F^S), F^T) + Σ_i w_i · MSE(P_i, E_i^T)
+
+    and, after `distil_logits`, + logits_weight · KL(teacher‖student) of the class probabilities.
 
     `distiller.student.state_dict()` is the deployable model. Without a teacher it is plain supervised training:
     teachers and students alone are trained by the same loop.
@@ -37,6 +44,7 @@ class Distiller(nn.Module):
     """
 
     needs_teacher_logits = False  # TransKD's losses don't; without them the teacher's decode head does not run
+    logits_weight, logits_temperature = 0.0, 1.0
     class_weights: Tensor
 
     def __init__(
@@ -67,12 +75,40 @@ class Distiller(nn.Module):
 
     teacher: SegmentationModel | None
 
+    def distil_logits(self, weight: float, temperature: float = 1.0) -> None:
+        """Add the divergence of the class probabilities, softened by `temperature`, to whatever else is distilled.
+
+        Raises:
+            UserError: there is no teacher, or it tells other classes apart than the student.
+        """
+        self.require_teacher_logits("name another teacher, or give --logits-weight 0")
+        self.logits_weight, self.logits_temperature = weight, temperature
+
+    def require_teacher_logits(self, otherwise: str = "name another teacher") -> None:
+        """Let the teacher's decode head run. Raises UserError as `distil_logits`."""
+        if self.teacher is None:
+            raise UserError(f"a student alone has no teacher whose logits it could learn; {otherwise}")
+        s, t = self.student.num_classes, self.teacher.num_classes
+        if t not in (s - 1, s):  # some networks have no output for "ignore"
+            raise UserError(
+                f"the teacher has {t} outputs and the student {s}, and logits can only be distilled between networks "
+                f"of the same classes; {otherwise}"
+            )
+        self.needs_teacher_logits = True
+
+    def logits(self, student: SegmentationOutput, teacher: SegmentationOutput) -> tuple[Tensor, Tensor]:
+        """Both networks' logits of the classes that count, (B, classes, h, w): "ignore" is no class to learn."""
+        assert student.logits is not None and teacher.logits is not None
+        classes = self.student.num_classes - 1
+        return student.logits[:, :classes], teacher.logits[:, :classes]
+
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One training step's losses by name, weighted: their sum is the total.
 
         Args:
             images: (B, 3, H, W), RGB in [0, 1].
-            labels: (B, ceil(H/4), ceil(W/4)), train ids, the last index for ignore.
+            labels: (B, ceil(H/4), ceil(W/4)) or (B, H, W), train ids, the last index for ignore. Cross entropy is
+                computed at their size.
         """
         student = self.student(images)
         losses = {"ce": cross_entropy(student.logits, labels, self.class_weights)}
@@ -80,6 +116,9 @@ class Distiller(nn.Module):
             with torch.no_grad():
                 teacher = self.teacher(images, logits=self.needs_teacher_logits)
             losses |= self.distillation_losses(images, student, teacher)
+            if self.logits_weight:
+                s, t = self.logits(student, teacher)
+                losses["logits"] = self.logits_weight * pixel_wise_divergence([s], [t], self.logits_temperature)
         return losses
 
     def distillation_losses(

@@ -15,10 +15,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         logits: (B, K, h, w).
-        labels: (B, h, w) integers below K.
+        labels: (B, h, w) integers below K. Where they are of another size, the logits are upsampled to it (bilinear).
         weight: (K,); 0 for the ignore index. A batch without a pixel that counts gives 0.
     """
     labels, logits = labels.long(), full_precision(logits)
+    if labels.shape[1:] != logits.shape[2:]:
+        logits = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
     total = F.cross_entropy(logits, labels, weight, reduction="sum")
     return total / weight[labels].sum().clamp_min(torch.finfo(weight.dtype).tiny)
 

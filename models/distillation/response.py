@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from cli import UserError
 from models.base import SegmentationModel, SegmentationOutput
 from models.distillation.distiller import Distiller
 from models.distillation.losses import pixel_wise_divergence
@@ -22,8 +21,6 @@ class LogitDistiller(Distiller):
         UserError: the teacher tells other classes apart than the student.
     """
 
-    needs_teacher_logits = True
-
     def __init__(
         self,
         student: SegmentationModel,
@@ -34,18 +31,8 @@ class LogitDistiller(Distiller):
         temperature: float = 1.0,
     ) -> None:
         super().__init__(student, class_weights, teacher=teacher)
+        self.require_teacher_logits()
         self.weight, self.temperature = weight, temperature
-        self.classes = student.num_classes - 1
-        if teacher.num_classes not in (self.classes, student.num_classes):  # some networks have no output for "ignore"
-            raise UserError(
-                f"the teacher has {teacher.num_classes} outputs and the student {student.num_classes}; logits can only "
-                "be distilled between networks of the same classes"
-            )
-
-    def logits(self, student: SegmentationOutput, teacher: SegmentationOutput) -> tuple[Tensor, Tensor]:
-        """Both networks' logits of the classes that count, (B, classes, h, w)."""
-        assert student.logits is not None and teacher.logits is not None
-        return student.logits[:, : self.classes], teacher.logits[:, : self.classes]
 
 
 class ResponseDistiller(LogitDistiller):
