@@ -24,10 +24,11 @@ bench: .venv/dev
 	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/dev: requirements.txt requirements-dev.txt requirements-export.txt requirements-prepare.txt requirements-video.txt constraints.txt
+.venv/dev: requirements.txt requirements-dev.txt requirements-export.txt requirements-prepare.txt requirements-video.txt requirements-peers.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(VENV)/python || $(PYTHON) -m venv .venv
 	PIP_CONSTRAINT=constraints.txt $(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(VENV)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
 	touch $@
 
 clean:

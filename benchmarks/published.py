@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from models.base import SegmentationModel, SegmentationOutput
-from models.checkpoints import huggingface_shape, to_huggingface
 from models.distillation import Distiller
 from models.distillation.losses import cross_entropy
+from models.layouts.huggingface import huggingface_shape, to_huggingface
 
 
 class HuggingFaceSegFormer(SegmentationModel):

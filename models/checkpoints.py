@@ -5,7 +5,8 @@ Nothing is ever unpickled but tensors: `.safetensors`, or `torch.load(..., weigh
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from cli import UserError, writing
 from models import lvt, pvtv2, segformer
 from models.base import Normalisation, SegmentationModel
 from models.factory import MODELS, create_model
-
-State = dict[str, Tensor]
+from models.layouts import State, huggingface, mmsegmentation, timm
+from models.segformer import ReLUHeadSegFormer
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NO_NORMALISATION = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -31,8 +32,9 @@ DISTILLATION_KEYS = re.compile(
     r"(fusion\.|alignment\.)?(skfs|abfs|embed\d_linearproject|attn4|conv[12]|fuse_weights|patch_embed\d|projection)\."
     r"|(alignment\.)?(atten|conv)_weight$"
 )
-HEAD_KEYS = ("linear_c", "linear_fuse.", "linear_pred.", "neck.", "head.")
-CLASSIFIERS = ("linear_pred.weight", "head.conv_seg.weight")  # (classes, …)
+RELU_HEAD = "decode_head."  # mmsegmentation's
+HEAD_KEYS = ("linear_c", "linear_fuse.", "linear_pred.", "neck.", "head.", RELU_HEAD)
+CLASSIFIERS = ("linear_pred.weight", "head.conv_seg.weight", "decode_head.conv_seg.weight")  # (classes, …)
 # The encoders, and how they name stage i's blocks and its patch embedding. PVTv2's ImageNet files are bare encoders;
 # its B5 is the very network of MiT's and goes by SegFormer's name.
 ENCODERS: tuple[tuple[Mapping[str, Any], str, str], ...] = (
@@ -41,43 +43,23 @@ ENCODERS: tuple[tuple[Mapping[str, Any], str, str], ...] = (
     (pvtv2.CONFIGS, "backbone.block{i}", "backbone.patch_embed{i}"),
     (lvt.CONFIGS, "backbone.{from_0}.1", "backbone.{from_0}.0"),
 )
-# Our modules and those of Hugging Face's SegformerForSemanticSegmentation and -ForImageClassification, as their files
-# name them. Stages {i} count from 1 here and from 0 there, blocks {j} alike; what is k and v there is one kv here.
-HUGGINGFACE = (
-    ("patch_embed{i}.proj", "segformer.encoder.patch_embeddings.{i}.proj"),
-    ("patch_embed{i}.norm", "segformer.encoder.patch_embeddings.{i}.layer_norm"),
-    ("block{i}.{j}.norm1", "segformer.encoder.block.{i}.{j}.layer_norm_1"),
-    ("block{i}.{j}.attn.q", "segformer.encoder.block.{i}.{j}.attention.self.query"),
-    ("block{i}.{j}.attn.k", "segformer.encoder.block.{i}.{j}.attention.self.key"),
-    ("block{i}.{j}.attn.v", "segformer.encoder.block.{i}.{j}.attention.self.value"),
-    ("block{i}.{j}.attn.proj", "segformer.encoder.block.{i}.{j}.attention.output.dense"),
-    ("block{i}.{j}.attn.sr", "segformer.encoder.block.{i}.{j}.attention.self.sr"),
-    ("block{i}.{j}.attn.norm", "segformer.encoder.block.{i}.{j}.attention.self.layer_norm"),
-    ("block{i}.{j}.norm2", "segformer.encoder.block.{i}.{j}.layer_norm_2"),
-    ("block{i}.{j}.mlp.fc1", "segformer.encoder.block.{i}.{j}.mlp.dense1"),
-    ("block{i}.{j}.mlp.dwconv.dwconv", "segformer.encoder.block.{i}.{j}.mlp.dwconv.dwconv"),
-    ("block{i}.{j}.mlp.fc2", "segformer.encoder.block.{i}.{j}.mlp.dense2"),
-    ("norm{i}", "segformer.encoder.layer_norm.{i}"),
-    ("linear_c{i}.proj", "decode_head.linear_c.{i}.proj"),
-    ("linear_fuse.conv", "decode_head.linear_fuse"),
-    ("linear_fuse.bn", "decode_head.batch_norm"),
-    ("linear_pred", "decode_head.classifier"),
-    ("head", "classifier"),  # ImageNet's
-)
-HUGGINGFACE_FILES = ("model.safetensors", "pytorch_model.bin")
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")  # the weights of a folder
 
 
 def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
-    """A checkpoint's tensors and its metadata (empty except for our safetensors files).
+    """A checkpoint's tensors, and what it tells about them.
 
-    A folder is taken for one that Hugging Face's `save_pretrained` wrote.
+    The metadata are those of our safetensors files. Of other files they have at most `normalisation`, in the same
+    form, from our training's checkpoints, and `config`, the text in which mmsegmentation keeps its own.
+
+    A folder is taken for one that Hugging Face's `save_pretrained` wrote, or `models.export` for mmsegmentation.
 
     Raises:
         UserError: no such file, unreadable, or something in it is not a tensor.
     """
     path = Path(path)
     if path.is_dir():
-        path = next((path / name for name in HUGGINGFACE_FILES if (path / name).is_file()), path / HUGGINGFACE_FILES[0])
+        path = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path / FOLDER_FILES[0])
     if not path.is_file():
         raise UserError(f"no weights at {path}; check the path, or see the model zoo in README.md")
     if path.suffix == ".safetensors":
@@ -89,10 +71,14 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         if called := re.search(r"\bGLOBAL (\S+)", str(error)):
-            reason = f"it would call {called[1]}"
-        raise UserError(f"{path} can't be read as weights: damaged, or not tensors alone ({reason})") from error
+            raise UserError(
+                f"{path} does not hold tensors alone (reading it would call {called[1]}); "
+                "if you trust it, save its state dict alone with the library that wrote it"
+            ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise UserError(f"{path} can't be read as weights ({reason}); fetch or save it again") from error
+    metadata = _told(content)
     while isinstance(content, Mapping) and (inner := next((k for k in CONTAINERS if k in content), None)):
         content = content[inner]
     if not isinstance(content, Mapping):
@@ -100,7 +86,16 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
     strangers = [str(k) for k, v in content.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
     if strangers or not content:
         raise UserError(f"{path} is not a state dict: {_some(strangers) or 'it is empty'}")
-    return dict(content), {}
+    return dict(content), metadata
+
+
+def _told(content: object) -> dict[str, str]:
+    """What a checkpoint has to say beside its weights, as strings."""
+    told = content if isinstance(content, Mapping) else {}
+    meta = told.get("meta")
+    config = meta.get("cfg", meta.get("config")) if isinstance(meta, Mapping) else None  # mmsegmentation 1.x, 0.x
+    found = {"normalisation": told.get("normalisation"), "config": config}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def strip_wrappers(state: State) -> State:
@@ -115,88 +110,49 @@ def strip_wrappers(state: State) -> State:
     return student | others
 
 
-def huggingface_shape(name: str) -> dict[str, Any]:
-    """The arguments of transformers' SegformerConfig that give a SegFormer of ours its shape."""
-    encoder, width = segformer.CONFIGS[name]
-    return {
-        "hidden_sizes": list(encoder.channels),
-        "depths": list(encoder.depths),
-        "num_attention_heads": list(encoder.heads),
-        "sr_ratios": list(encoder.sr_ratios),
-        "mlp_ratios": list(encoder.mlp_ratios),
-        "decoder_hidden_size": width,
-    }
-
-
-def to_huggingface(state: State) -> State:
-    """Our state dict under the names of Hugging Face's SegFormer files.
-
-    The weights are converted as they are. Their blocks have a LayerNorm eps of 1e-5 where SegFormer's is 1e-6, and
-    their image processor normalises by ImageNet's mean and deviation unless told not to; ours takes RGB in [0, 1].
-    """
-    split: State = {}
-    for key, value in state.items():
-        if ".attn.kv." in key:
-            k, v = value.chunk(2)
-            split |= {key.replace(".kv.", ".k."): k, key.replace(".kv.", ".v."): v}
-        else:
-            split[key] = value
-    return {_rename(key, HUGGINGFACE, stage=-1): value for key, value in split.items()}
-
-
-def from_huggingface(state: State) -> State:
-    """`to_huggingface` undone. Keys that no rule names stay as they are, so that loading refuses them by name.
-
-    The weights are converted as they are: a network trained on normalised images still expects these (`read_network`
-    finds out).
-    """
-    table = tuple((theirs, ours) for ours, theirs in HUGGINGFACE)
-    renamed = {_rename(key, table, stage=1): value for key, value in state.items()}
-    merged = dict(renamed)
-    for k in renamed:
-        v = k.replace(".attn.k.", ".attn.v.")
-        if v != k and v in renamed and renamed[v].shape == renamed[k].shape:
-            merged[k.replace(".attn.k.", ".attn.kv.")] = torch.cat([merged.pop(k), merged.pop(v)])
-    return merged
-
-
-def _rename(key: str, table: Iterable[tuple[str, str]], stage: int) -> str:
-    """The key after the table's rule for it; `stage` is added to its stage's number."""
-    module, _, leaf = key.rpartition(".")
-    for old, new in table:
-        pattern = re.escape(old).replace(r"\{i\}", r"(?P<i>\d)").replace(r"\{j\}", r"(?P<j>\d+)")
-        if match := re.fullmatch(pattern, module):
-            numbers = match.groupdict()
-            if "i" in numbers:
-                numbers["i"] = int(numbers["i"]) + stage
-            return f"{new.format(**numbers)}.{leaf}"
-    return key
-
-
 def read_network(path: Path | str) -> tuple[State, Normalisation | None]:
     """The bare network of any recognised checkpoint, under our names, and how its input must be normalised.
 
-    The normalisation is in the metadata of our own files, in the `preprocessor_config.json` beside Hugging Face's, and
-    ImageNet's for the releases of the SegFormer repository.
+    The normalisation is in our own files under that name, as JSON; in the `preprocessor_config.json` beside Hugging
+    Face's; in the configuration inside mmsegmentation's; and ImageNet's for those of its files that have none, and for
+    the releases of the SegFormer repository.
 
     Raises:
         UserError: as `read_weights`.
     """
     state, metadata = read_weights(path)
     state = strip_wrappers(state)
-    if any(key.startswith("segformer.") for key in state):
-        return from_huggingface(state), _huggingface_normalisation(Path(path))
+    if huggingface.matches(state):
+        return huggingface.from_huggingface(state), _huggingface_normalisation(Path(path))
+    if mmsegmentation.matches(state):
+        return mmsegmentation.from_mmseg(state), _mmseg_normalisation(metadata.get("config", ""))
+    if timm.matches(state):
+        return timm.from_timm(state), None
     if any(key.startswith("decode_head.linear_pred.") for key in state):  # NVIDIA's SegFormer repository
         bare = {key.removeprefix("backbone.").removeprefix("decode_head."): value for key, value in state.items()}
         return {key: value for key, value in bare.items() if not key.startswith("conv_seg.")}, IMAGENET
-    if "normalisation" in metadata:
-        return state, _normalisation(*json.loads(metadata["normalisation"]))
+    if told := metadata.get("normalisation"):
+        try:
+            return state, _normalisation(*json.loads(told))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} tells a normalisation that is none ({told[:120]}); save it again") from error
     return state, None
 
 
-def _normalisation(mean: Sequence[float], std: Sequence[float]) -> Normalisation:
+def _normalisation(mean: Sequence[float], std: Sequence[float]) -> Normalisation | None:
     (red, green, blue), (red_std, green_std, blue_std) = mean, std
-    return Normalisation((red, green, blue), (red_std, green_std, blue_std))
+    found = Normalisation((red, green, blue), (red_std, green_std, blue_std))
+    return None if found == NO_NORMALISATION else found
+
+
+def _mmseg_normalisation(config: str) -> Normalisation | None:
+    """From the text of a configuration, whose means and deviations are of 0 to 255, e.g. `mean=[123.675, …]`."""
+    values = []
+    for name in ("mean", "std"):
+        found = re.search(rf"\b{name}\W*[=:]\s*[\[(]([\d.,\s]+)[\])]", config)
+        values.append([float(number) / 255 for number in re.findall(r"[\d.]+", found[1])] if found else [])
+    mean, std = values
+    return _normalisation(mean, std) if len(mean) == len(std) == 3 else IMAGENET
 
 
 def _huggingface_normalisation(path: Path) -> Normalisation | None:
@@ -210,10 +166,9 @@ def _huggingface_normalisation(path: Path) -> Normalisation | None:
         mean, std = NO_NORMALISATION
         if processor.get("do_normalize", True):
             mean, std = processor.get("image_mean", IMAGENET.mean), processor.get("image_std", IMAGENET.std)
-        found = _normalisation([x / scale for x in mean], [x / scale for x in std])
+        return _normalisation([x / scale for x in mean], [x / scale for x in std])
     except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{file} is no image processor that can be understood ({error}); mend or remove it") from error
-    return None if found == NO_NORMALISATION else found
 
 
 def recognise(state: State) -> str | None:
@@ -252,7 +207,12 @@ def load_model(path: Path | str) -> SegmentationModel:
             f"{path} holds {name}'s encoder without a decode head, as ImageNet checkpoints do; "
             "it can start a training, not predict"
         )
-    model = create_model(name, num_classes=len(state[classifier]))
+    num_classes, fusion = len(state[classifier]), state.get(f"{RELU_HEAD}fusion_conv.conv.weight")
+    model: SegmentationModel
+    if fusion is None:
+        model = create_model(name, num_classes)
+    else:
+        model = ReLUHeadSegFormer(name, num_classes, width=len(fusion))
     _load(model, state, path)
     model.normalisation = normalisation
     return model.eval()
@@ -272,6 +232,8 @@ def load_weights(model: SegmentationModel, path: Path | str) -> None:
 def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
     """Start `model` from a checkpoint: an ImageNet encoder (its classifier is dropped) or a whole network.
 
+    Of an mmsegmentation network the encoder is taken, and a line on stderr says so: its head is of another kind.
+
     Returns:
         Whether the decode head was loaded too.
 
@@ -279,16 +241,22 @@ def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
         UserError: the encoder's keys do not fit.
     """
     state, normalisation = read_network(path)
-    if any(key in state for key in CLASSIFIERS):
+    whole = any(key in state for key in CLASSIFIERS)
+    wanted = model.state_dict()
+    if any(key.startswith(RELU_HEAD) and key not in wanted for key in state):
+        print(f"warning: the decode head in {path} is mmsegmentation's; the encoder alone is taken", file=sys.stderr)
+        state = {key: value for key, value in state.items() if not key.startswith(RELU_HEAD)}
+    elif whole:
         _load(model, state, path)
         model.normalisation = normalisation
         return True
     state = {key: value for key, value in state.items() if key not in ("head.weight", "head.bias")}
-    wanted = model.state_dict()
     if "backbone.patch_embed1.proj.weight" in wanted and "patch_embed1.proj.weight" in state:  # PVTv2's bare encoder
         state = {f"backbone.{key}": value for key, value in state.items()}
     head = {key: value for key, value in wanted.items() if key.startswith(HEAD_KEYS)}
     _load(model, state | head, path)
+    if whole:  # ImageNet's encoders start without, as published
+        model.normalisation = normalisation
     return False
 
 
@@ -319,6 +287,8 @@ def _load(model: SegmentationModel, state: State, path: Path | str) -> None:
     if missing or unknown or misfits:
         found = recognise(state)
         looks = f"; it looks like {found}" if found and found != model.name else ""
+        if any(key.startswith(RELU_HEAD) for key in unknown) and not any(key.startswith(RELU_HEAD) for key in wanted):
+            looks += "; its decode head is mmsegmentation's"
         parts = [("missing", missing), ("unknown", unknown), ("of another shape", misfits)]
         detail = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in parts if keys)
         raise UserError(f"{path} does not fit {model.name} with {model.num_classes} classes{looks} ({detail})")

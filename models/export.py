@@ -2,6 +2,7 @@
 
     python -m models.export --weights FILE --format onnx        --output student.onnx [--argmax]
     python -m models.export --weights FILE --format hf          --output FOLDER
+    python -m models.export --weights FILE --format mmseg       --output FOLDER
     python -m models.export --weights FILE --format safetensors --output student.safetensors
     python -m models.export --weights FILE --format torch       --output student.pth
 
@@ -9,10 +10,12 @@ FILE is any checkpoint that is recognised, distilled or not.
     onnx          one file: `images` (batch, 3, height, width), RGB in [0, 1], any batch and size, to `logits`
                   (batch, classes, ceil(height/4), ceil(width/4)), or with --argmax to `classes` (batch, …) of uint8
     hf            a folder for SegformerForSemanticSegmentation.from_pretrained, with image processor and model card
+    mmseg         a folder with checkpoint and configuration for mmsegmentation 1.x: for prediction, with a decode head
+                  twice as wide, because mmsegmentation's has a ReLU on every stage
     safetensors   the weights alone, as our training writes them
     torch         a state dict under the published names
-mmsegmentation's SegFormer has a head of its own (BatchNorm and ReLU on every stage), which these weights don't fit.
-onnx and hf need `pip install -r requirements-export.txt`.
+hf and mmseg are for SegFormers, the others for every network; onnx and hf need
+`pip install -r requirements-export.txt`.
 """
 
 import json
@@ -23,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pprint import pformat
 from typing import Any, Literal
 
 import numpy as np
@@ -34,8 +38,11 @@ import cli
 from cli import UserError
 from datasets import find_layout
 from models.base import SegmentationModel
-from models.checkpoints import huggingface_shape, load_model, read_weights, save_model, to_huggingface
-from models.segformer import CONFIGS
+from models.checkpoints import NO_NORMALISATION, load_model, read_weights, save_model
+from models.layouts.huggingface import huggingface_shape, to_huggingface
+from models.layouts.mmsegmentation import to_mmseg
+from models.model_card import model_card, read_run
+from models.segformer import CONFIGS, SegFormer
 
 Network = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, C, h, w), or classes (B, h, w)
 
@@ -52,20 +59,28 @@ class Options:
     format: Literal["hf", "onnx", "safetensors", "torch", "mmseg"]
     """What to write."""
     output: Path
-    """The file, or for hf the folder, to write."""
+    """The file, or for hf and mmseg the folder, to write."""
     argmax: bool = False
     """onnx: predict classes (uint8) instead of logits."""
-    height: int = 512
-    """hf: the shorter side to which the image processor resizes, as in training."""
+    height: int | None = None
+    """hf, mmseg: the shorter side to which images are resized. Default: the run's in whose folder FILE lies, or 512."""
 
 
 @dataclass
 class Export:
-    """What an export is about: the network, what its metadata tell, and the options."""
+    """What an export is about: the network, what its metadata tell, the options, the run in whose folder it lies."""
 
     model: SegmentationModel
     facts: dict[str, Any]
     options: Options
+    recipe: dict[str, Any]
+    """The run's options; empty where there is no run."""
+    record: list[dict[str, Any]]
+    """What the run measured."""
+
+    @property
+    def height(self) -> int:
+        return self.options.height or self.recipe.get("height") or 512
 
     @property
     def class_names(self) -> list[str]:
@@ -81,22 +96,24 @@ class Export:
 
 
 def main(options: Options) -> None:
-    if options.format == "mmseg":
-        raise UserError(
-            "mmsegmentation's SegFormer head has BatchNorm and ReLU on every stage and can't hold these weights; "
-            "choose hf, onnx, safetensors or torch"
-        )
     if options.argmax and options.format != "onnx":
         raise UserError(f"--argmax is for onnx; {options.format} holds weights, not a graph")
     if (endings := ENDINGS.get(options.format)) and options.output.suffix not in endings:
         raise UserError(f"--output {options.output} must end in {' or '.join(endings)} for --format {options.format}")
     model = load_model(options.weights)
-    if options.format in ("hf", "onnx") and model.name not in CONFIGS:
-        raise UserError(f"--format {options.format} is for SegFormers, and {model.name} is none; choose safetensors")
+    if options.format in FOLDERS and model.name not in CONFIGS:
+        raise UserError(
+            f"--format {options.format} is for SegFormers, and {model.name} is none; choose onnx, safetensors or torch"
+        )
+    if options.format == "hf" and not isinstance(model, SegFormer):
+        raise UserError(
+            f"transformers can't hold mmsegmentation's decode head of {options.weights}; choose mmseg or onnx"
+        )
     _, metadata = read_weights(options.weights)
-    export = Export(model, json.loads(metadata.get("facts", "{}")), options)
+    facts = json.loads(metadata.get("facts", "{}"))
+    export = Export(model, facts, options, *read_run(options.weights, facts))
     write, reload = FORMATS[options.format]
-    with placing(options.output, folder=options.format == "hf") as aside:
+    with placing(options.output, folder=options.format in FOLDERS) as aside:
         try:
             write(export, aside)
             found = difference(ClassMap(model) if options.argmax else Logits(model), reload(aside))
@@ -255,7 +272,7 @@ def write_huggingface(export: Export, folder: Path) -> None:
     processor = {
         "image_processor_type": "SegformerImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": export.options.height},
+        "size": {"shortest_edge": export.height},
         "resample": 2,  # bilinear
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -283,63 +300,73 @@ def reload_huggingface(folder: Path) -> Network:
     return lambda images: theirs(normalise(images) if normalise else images).logits
 
 
-CARD = """\
----
-library_name: transformers
-pipeline_tag: image-segmentation
-license: other
-tags: [segformer, semantic-segmentation, knowledge-distillation, transkd]
----
-
-# {title}
-
-{model} with {classes} outputs, {parameters:.2f} M parameters, for semantic segmentation{training}.
-{method}
-
-```python
-from PIL import Image
-from transformers import AutoImageProcessor, SegformerForSemanticSegmentation
-
-processor = AutoImageProcessor.from_pretrained(FOLDER)
-model = SegformerForSemanticSegmentation.from_pretrained(FOLDER)
-image = Image.open("street.jpg").convert("RGB")
-outputs = model(**processor(image, return_tensors="pt"))
-(labels,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(image.height, image.width)])
-```
-
-- **Input**: RGB, shorter side {height} pixels, {input}. transformers from version 5 resizes by the shorter side.
-- **Output**: logits at a quarter of the input's size; {labels}.
-- **Result**: {result}
-- **Exactness**: transformers adds 1e-5 in every LayerNorm where SegFormer was trained with 1e-6 in most; the logits
-  differ from the original's by about 1e-5 of the largest.
-- **Licence**: weights keep the terms of what they were trained from. NVIDIA's MiT ImageNet weights are for research,
-  not commercial use; Cityscapes and ACDC have licences of their own for non-commercial use. Set `license` above
-  accordingly before you publish this.
-"""
+# mmsegmentation -------------------------------------------------------------------------------------------------------
 
 
-def model_card(export: Export) -> str:
-    facts, model = export.facts, export.model
-    method = facts.get("method")
-    distilled = method is not None and method.startswith("TransKD")
-    score = facts.get("mean_iou")
-    return CARD.format(
-        title=f"{model.name}, {method or 'TransKD'}",
-        model=model.name,
-        classes=model.num_classes,
-        parameters=export.parameters / 1e6,
-        training=f", trained on {facts['dataset']}" if "dataset" in facts else "",
-        method=f"Trained by {method} of TransKD (Liu et al., arXiv 2202.13393); only the student is here."
-        if distilled
-        else "Exported from a PyTorch implementation of TransKD (Liu et al., arXiv 2202.13393).",
-        height=export.options.height,
-        input="scaled to [0, 1]" + (", then normalised" if model.normalisation else ", not normalised"),
-        labels="the last one is `ignore`" if export.class_names[-1] == "ignore" else "one for each class",
-        result="none is recorded in these weights."
-        if score is None
-        else f"{100 * score:.2f} % mIoU on the validation split after step {facts.get('step', '?')}, on maps of a "
-        "quarter of the input's size.",
-    )
+def write_mmseg(export: Export, folder: Path) -> None:
+    """`checkpoint.pth` and the `config.py` that it goes with, as `mmseg.apis.init_model` takes them."""
+    folder.mkdir()
+    state = to_mmseg(export.model.state_dict())
+    config = mmseg_config(export, width=len(state["decode_head.fusion_conv.conv.weight"]))
+    text = f'"""{export.model.name} from TransKD for mmsegmentation 1.x."""\n\n'
+    text += "".join(f"{name} = {pformat(value, width=100, sort_dicts=False)}\n" for name, value in config.items())
+    (folder / "config.py").write_text(text)
+    classes = find_layout(export.facts.get("dataset", "cityscapes")).classes
+    meta: dict[str, Any] = {"cfg": text, "facts": export.facts, "dataset_meta": {"classes": export.class_names}}
+    if export.model.num_classes <= classes.num_outputs:
+        meta["dataset_meta"]["palette"] = classes.palette[: export.model.num_classes].tolist()
+    torch.save({"meta": meta, "state_dict": state}, folder / "checkpoint.pth")
+
+
+def mmseg_config(export: Export, width: int) -> dict[str, Any]:
+    encoder, _ = CONFIGS[export.model.name]
+    normalise = export.model.normalisation or NO_NORMALISATION
+    return {
+        "default_scope": "mmseg",
+        "model": {
+            "type": "EncoderDecoder",
+            "data_preprocessor": {
+                "type": "SegDataPreProcessor",
+                "mean": [255 * value for value in normalise.mean],
+                "std": [255 * value for value in normalise.std],
+                "bgr_to_rgb": True,  # mmcv reads BGR
+                "pad_val": 0,
+                "seg_pad_val": 255,
+            },
+            "pretrained": None,
+            "backbone": {
+                "type": "MixVisionTransformer",
+                "embed_dims": encoder.channels[0],
+                "num_stages": 4,
+                "num_layers": list(encoder.depths),
+                "num_heads": list(encoder.heads),
+                "patch_sizes": [7, 3, 3, 3],
+                "sr_ratios": list(encoder.sr_ratios),
+                "out_indices": (0, 1, 2, 3),
+                "mlp_ratio": encoder.mlp_ratios[0],
+                "qkv_bias": True,
+                "drop_path_rate": 0.1,
+            },
+            "decode_head": {
+                "type": "SegformerHead",
+                "in_channels": list(encoder.channels),
+                "in_index": [0, 1, 2, 3],
+                "channels": width,
+                "dropout_ratio": 0.1,
+                "num_classes": export.model.num_classes,
+                "norm_cfg": {"type": "BN", "requires_grad": True},
+                "align_corners": False,
+                "loss_decode": {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0},
+            },
+            "train_cfg": {},
+            "test_cfg": {"mode": "whole"},
+        },
+        "test_pipeline": [
+            {"type": "LoadImageFromFile"},
+            {"type": "Resize", "scale": (16 * export.height, export.height), "keep_ratio": True, "backend": "pillow"},
+            {"type": "PackSegInputs"},
+        ],
+    }
 
 
 def reload_onnx(path: Path) -> Network:
@@ -348,13 +375,16 @@ def reload_onnx(path: Path) -> Network:
 
 FORMATS: dict[str, tuple[Callable[[Export, Path], None], Callable[[Path], Network]]] = {
     "hf": (write_huggingface, reload_huggingface),
+    "mmseg": (write_mmseg, reload_weights),
     "onnx": (write_onnx, reload_onnx),
     "safetensors": (write_safetensors, reload_weights),
     "torch": (write_torch, reload_weights),
 }
-ENDINGS = {"onnx": (".onnx",), "safetensors": (".safetensors",), "torch": (".pth", ".pt")}  # hf writes a folder
-# transformers' LayerNorm has another eps; onnxruntime adds in another order; the others hold the very same numbers
-TOLERANCE = {"hf": 1e-3, "onnx": 1e-4, "safetensors": 1e-12, "torch": 1e-12}
+ENDINGS = {"onnx": (".onnx",), "safetensors": (".safetensors",), "torch": (".pth", ".pt")}
+FOLDERS = ("hf", "mmseg")
+# transformers' LayerNorm has another eps; onnxruntime and mmsegmentation's head add in another order; the others hold
+# the very same numbers
+TOLERANCE = {"hf": 1e-3, "mmseg": 1e-4, "onnx": 1e-4, "safetensors": 1e-12, "torch": 1e-12}
 
 
 if __name__ == "__main__":

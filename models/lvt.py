@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.linear import Linear
 from models.pyramid import OverlapPatchEmbed, init_weights, patch_embeddings, to_map, to_tokens
 from models.segformer import AllMLPHead
 
@@ -43,10 +44,10 @@ class ConvolutionalSelfAttention(nn.Module):
         super().__init__()
         positions = self.KERNEL**2
         self.heads = heads
-        self.attn = nn.Linear(channels, positions**2 * heads)
+        self.attn = Linear(channels, positions**2 * heads)
         self.pool = nn.AvgPool2d(self.STRIDE, ceil_mode=True)
         self.weight = nn.Conv2d(positions * channels, positions * channels, 1, groups=positions, bias=False)
-        self.proj = nn.Linear(channels, channels)
+        self.proj = Linear(channels, channels)
         nn.init.normal_(self.weight.weight, std=(2 / (positions * channels)) ** 0.5)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
@@ -89,9 +90,9 @@ class RecursiveAtrousSelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int, sr_ratio: int) -> None:
         super().__init__()
         self.heads, self.sr_ratio = heads, sr_ratio
-        self.q = nn.Linear(channels, channels, bias=False)
-        self.kv = nn.Linear(channels, 2 * channels, bias=False)
-        self.proj = nn.Linear(channels, channels)
+        self.q = Linear(channels, channels, bias=False)
+        self.kv = Linear(channels, 2 * channels, bias=False)
+        self.proj = Linear(channels, channels)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(channels, channels, sr_ratio, sr_ratio)
             init_weights(self.sr)
@@ -119,8 +120,8 @@ class LinearMlp(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, channels)
+        self.fc1 = Linear(channels, hidden)
+        self.fc2 = Linear(hidden, channels)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))

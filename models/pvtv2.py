@@ -75,10 +75,8 @@ class FPNHead(nn.Module):
         size = levels[0].shape[-2:]
         out = self.scale_heads[0](levels[0])
         for scale, level in zip(self.scale_heads[1:], levels[1:], strict=True):
-            y = scale(level)
-            if y.shape[-2:] != size:  # a stage's size was odd
-                y = F.interpolate(y, size, mode="bilinear", align_corners=False)
-            out = out + y
+            # changes nothing unless a stage's size was odd; no `if`, which an exported graph could not follow
+            out = out + F.interpolate(scale(level), size, mode="bilinear", align_corners=False)
         return self.conv_seg(self.dropout(out))
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import SegmentationModel
+from models.linear import Linear, linear
 from models.pyramid import PyramidConfig, PyramidTransformer
 
 CONFIGS: dict[str, tuple[PyramidConfig, int]] = {  # encoder, width D of the decode head
@@ -27,7 +28,7 @@ class StageProjection(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(channels, width)
+        self.proj = Linear(channels, width)
 
 
 class Fuse(nn.Module):
@@ -65,7 +66,7 @@ class AllMLPHead(SegmentationModel):
         size = features[0].shape[-2:]
 
         def stage(i: int, bias: Tensor | None = None) -> Tensor:
-            y = F.linear(features[i].permute(0, 2, 3, 1), weights[i], bias).permute(0, 3, 1, 2)  # (B, D, h_i, w_i)
+            y = linear(features[i].permute(0, 2, 3, 1), weights[i], bias).permute(0, 3, 1, 2)  # (B, D, h_i, w_i)
             return y if i == 0 else F.interpolate(y, size, mode="bilinear", align_corners=False)
 
         out = stage(3, bias)
@@ -74,7 +75,7 @@ class AllMLPHead(SegmentationModel):
         if self.training:
             out = bn(out)
         out = self.dropout(F.relu(out, inplace=True)).permute(0, 2, 3, 1)
-        return F.linear(out, self.linear_pred.weight.flatten(1), self.linear_pred.bias).permute(0, 3, 1, 2)
+        return linear(out, self.linear_pred.weight.flatten(1), self.linear_pred.bias).permute(0, 3, 1, 2)
 
     def _fused_weights(self) -> tuple[list[Tensor], Tensor]:
         """Per stage, finest first, the (D, C_i) product of the head's two matrices; and one bias (D,) for all.
@@ -94,9 +95,9 @@ class AllMLPHead(SegmentationModel):
                 bias = bn.bias - bn.running_mean * scale
             weights = []
             for i, part in enumerate(reversed(fuse.chunk(4, dim=1)), start=1):
-                linear: nn.Linear = getattr(self, f"linear_c{i}").proj
-                weights.append(part @ linear.weight)
-                bias = bias + part @ linear.bias
+                projection: nn.Linear = getattr(self, f"linear_c{i}").proj
+                weights.append(part @ projection.weight)
+                bias = bias + part @ projection.bias
         return weights, bias
 
 
@@ -108,3 +109,50 @@ class SegFormer(PyramidTransformer, AllMLPHead):
         super().__init__(config, drop_path_rate)
         self.name, self.num_classes, self.channels = name, num_classes, config.channels
         self.add_head(config.channels, width, num_classes, dropout)
+
+
+class ConvBatchNorm(nn.Module):
+    """1×1 convolution, BatchNorm, ReLU."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class ReLUHead(nn.Module):
+    """mmsegmentation's variant of the decode head, in its names: BatchNorm and ReLU on every stage; stage 1 first."""
+
+    def __init__(self, channels: tuple[int, ...], width: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(ConvBatchNorm(c, width) for c in channels)
+        self.fusion_conv = ConvBatchNorm(len(channels) * width, width)
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, features: tuple[Tensor, ...]) -> Tensor:
+        """F1..F4 -> logits (B, classes, h_1, w_1). As in `AllMLPHead` the fusion's matrix comes before the resize."""
+        size = features[0].shape[-2:]
+        parts = self.fusion_conv.conv.weight.chunk(len(features), dim=1)
+        first, *coarser = (F.conv2d(conv(x), part) for conv, x, part in zip(self.convs, features, parts, strict=True))
+        for y in coarser:
+            first = first + F.interpolate(y, size, mode="bilinear", align_corners=False)
+        return self.conv_seg(self.dropout(F.relu(self.fusion_conv.bn(first))))
+
+
+class ReLUHeadSegFormer(PyramidTransformer, SegmentationModel):
+    """SegFormer as mmsegmentation trains it; for weights that come from there. `width` is the decode head's."""
+
+    def __init__(
+        self, name: str, num_classes: int = 20, *, width: int = 256, drop_path_rate: float = 0.1, dropout: float = 0.1
+    ) -> None:
+        config, _ = CONFIGS[name]
+        super().__init__(config, drop_path_rate)
+        self.name, self.num_classes, self.channels = name, num_classes, config.channels
+        self.decode_head = ReLUHead(config.channels, width, num_classes, dropout)
+
+    def decode(self, features: tuple[Tensor, ...]) -> Tensor:
+        return self.decode_head(features)

@@ -1,11 +1,13 @@
 """Weights out: every export is read back by the library it is for. Weights in: what they expect of their input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -16,8 +18,9 @@ from cli import UserError
 from datasets.classes import CITYSCAPES
 from datasets.transforms import resize_image, to_float
 from models import SegFormer, create_model, load_backbone, load_model, load_weights, save_model
-from models.checkpoints import IMAGENET, to_huggingface
+from models.checkpoints import IMAGENET
 from models.export import Options, main
+from models.layouts.huggingface import to_huggingface
 from tests.conftest import Command
 from tests.golden_data import seed
 from tests.test_peers import huggingface_config, randomise, with_segformers_eps
@@ -37,6 +40,22 @@ def weights(network: SegFormer, tmp_path_factory: pytest.TempPathFactory) -> Pat
     path = tmp_path_factory.mktemp("weights") / "student.safetensors"
     save_model(network, path, method="TransKD_EA", dataset="ACDC", step=7, mean_iou=0.5891)
     return path
+
+
+def beside(weights: Path, **options: object) -> Path:
+    """The same weights in a run's folder, as training leaves it."""
+    folder = weights.parent / "run"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(weights, folder)
+    written = {"method": "TransKD_EA", "dataset": "ACDC", "lr": 6e-05, "teacher_model": "segformer_b2", "height": 96}
+    (folder / "options.json").write_text(json.dumps(written | {"datadir": "/home/someone/data"} | options))
+    events = [
+        {"event": "start", "revision": "f00d", "device": "NVIDIA X", "versions": {"torch": "2.13.0"}},
+        {"event": "val", "step": 7, "per_class": {"road": 0.9, "train": None}},
+        {"event": "val", "step": 8, "per_class": {"road": 0.1}},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return folder / weights.name
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:
@@ -73,8 +92,9 @@ def test_huggingface_folder(weights: Path, network: SegFormer, command: Command,
     assert list(config["id2label"].values()) == [*CITYSCAPES.names, "ignore"]
     torch.testing.assert_close(theirs(folder), ours(network, 64), rtol=1e-4, atol=1e-5)
     assert theirs(folder).shape == (1, 20, 16, 31)  # 90×171 becomes 64×121
-    card = (folder / "README.md").read_text()
-    assert "58.91 % mIoU" in card and "trained on ACDC" in card and "TransKD_EA" in card
+    ours_in = to_float(torch.from_numpy(np.array(resize_image(photograph(), 64))).permute(2, 0, 1)[None])
+    theirs_in = SegformerImageProcessorPil.from_pretrained(folder)(photograph(), return_tensors="pt")
+    torch.testing.assert_close(theirs_in["pixel_values"], ours_in, rtol=0, atol=1e-6)
     back = load_model(folder)
     assert back.normalisation is None
     assert torch.equal(logits(back, IMAGES), logits(network, IMAGES))
@@ -82,15 +102,33 @@ def test_huggingface_folder(weights: Path, network: SegFormer, command: Command,
     assert again.returncode == 2 and "is there already" in again.stderr
 
 
+def test_model_card(weights: Path, tmp_path: Path) -> None:
+    """What is known of a run is on the card, as the hub reads it; paths are not, nor another run's folder."""
+    main(Options(weights=beside(weights), format="hf", output=tmp_path / "hf"))
+    card = ModelCard.load(tmp_path / "hf" / "README.md")
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("ACDC", "mean_iou", 58.91)
+    assert (card.data.license, card.data.datasets, card.data.metrics) == ("other", ["acdc"], ["mean_iou"])
+    for fact in ("58.91 % mIoU", "after step 7", "| road | 90.00 |", "lr 6e-05", "teacher_model segformer_b2", "f00d"):
+        assert fact in card.text
+    assert json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())["size"] == {"shortest_edge": 96}
+    assert "10.00" not in card.text and "| train |" not in card.text and "/home" not in str(card)
+    main(Options(weights=beside(weights, method="TransKDBase"), format="hf", output=tmp_path / "other"))
+    text = (tmp_path / "other" / "README.md").read_text()
+    assert "shorter side 512 pixels" in text
+    assert "58.91 % mIoU" in text and "Nothing is recorded beside these weights" in text and "lr" not in text
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("argmax", [False, True])
-def test_onnx(argmax: bool, weights: Path, network: SegFormer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "argmax"), [("segformer_b0", False), ("pvt_v2_b0", True), ("lvt", False)])
+def test_onnx(name: str, argmax: bool, tmp_path: Path) -> None:
     import onnx
     import onnxruntime
 
-    path = tmp_path / "student.onnx"
-    main(Options(weights=weights, format="onnx", output=path, argmax=argmax))
-    assert [file.name for file in tmp_path.iterdir()] == ["student.onnx"]  # weights inside
+    network, path = seed(create_model(name)).eval(), tmp_path / "student.onnx"
+    save_model(network, tmp_path / "w.safetensors")
+    main(Options(weights=tmp_path / "w.safetensors", format="onnx", output=path, argmax=argmax))
+    assert {file.name for file in tmp_path.iterdir()} == {"student.onnx", "w.safetensors"}  # weights inside
     onnx.checker.check_model(path, full_check=True)
     session = onnxruntime.InferenceSession(path)
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [*CITYSCAPES.names, "ignore"]
@@ -118,11 +156,11 @@ def test_bare_weights(weights: Path, network: SegFormer, tmp_path: Path) -> None
         assert before.metadata() == after.metadata()
 
 
-@pytest.mark.parametrize("kind", ["hf", "onnx"])
+@pytest.mark.parametrize("kind", ["hf", "mmseg"])
 def test_other_networks_are_refused(kind: str, tmp_path: Path) -> None:
     save_model(create_model("pvt_v2_b0"), tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match="pvt_v2_b0 is none; choose safetensors"):
-        main(Options(weights=tmp_path / "w.safetensors", format=kind, output=tmp_path / "new.onnx"))
+    with pytest.raises(UserError, match="pvt_v2_b0 is none; choose onnx, safetensors or torch"):
+        main(Options(weights=tmp_path / "w.safetensors", format=kind, output=tmp_path / "new"))
 
 
 def test_a_wrong_export_is_not_written(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +178,6 @@ def test_a_wrong_export_is_not_written(weights: Path, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"format": "mmseg"}, "BatchNorm and ReLU on every stage"),
         ({"format": "torch", "argmax": True}, "--argmax is for onnx"),
         ({"format": "onnx"}, "must end in .onnx"),
         ({"format": "safetensors"}, "must end in .safetensors"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +10,7 @@ from cli import UserError
 from datasets.classes import CITYSCAPES
 from models import create_model
 from models.distillation import Distiller
+from models.linear import Linear
 
 MODEL = create_model("segformer_b0").eval()
 
@@ -91,3 +93,22 @@ def test_mixed_precision_keeps_losses_in_float32() -> None:
     for name, loss in rounded.items():
         assert loss.dtype == torch.float32
         assert loss.item() == pytest.approx(exact[name].item(), rel=0.03), name
+
+
+@pytest.mark.parametrize("shape", [(2, 1024, 48), (16, 80, 32), (1, 100, 32), (3, 17, 24), (2, 5, 160, 40)])
+def test_linear_by_convolution(shape: tuple[int, ...]) -> None:
+    """The same product and gradients as F.linear, also of a view with other strides, and where it falls back on it."""
+    torch.manual_seed(0)
+    layer = Linear(shape[-1], 20)
+    x = torch.randn(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).requires_grad_()
+    upstream = torch.randn(*shape[:-1], 20)
+    wanted = (x, layer.weight, layer.bias)
+    ours = layer(x)
+    theirs = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(
+        torch.autograd.grad(ours, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    convolved = "Convolution" in str(next(iter(ours.grad_fn.next_functions))[0].next_functions)
+    assert convolved == (x.numel() >= 20480 and x.numel() // shape[-1] % 16 == 0)

@@ -1,7 +1,12 @@
 """The same weights give the same numbers in other libraries' implementations."""
 
+import importlib.util
 import string
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,7 +18,7 @@ from transformers import SegformerConfig, SegformerForImageClassification, Segfo
 
 from cli import UserError
 from models import create_model, load_backbone, load_model
-from models.checkpoints import from_huggingface, huggingface_shape, to_huggingface
+from models.layouts.huggingface import from_huggingface, huggingface_shape, to_huggingface
 from models.segformer import CONFIGS, SegFormer
 from tests.golden_data import seed
 
@@ -157,3 +162,59 @@ def test_unfit_huggingface_files_are_refused_by_name(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match=r"no weights at .*model\.safetensors"):
         load_model(tmp_path)
+
+
+# timm's PVTv2 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pvt_v2() -> Iterator[ModuleType]:
+    """timm's module. timm imports torchvision for its data sets and transforms; none of it is in this network."""
+    names = ("", ".datasets", ".models", ".models.feature_extraction", ".ops", ".ops.misc")
+    names += (".transforms", ".transforms.functional")
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("torchvision") is None:
+            for name in names:
+                patch.setitem(sys.modules, f"torchvision{name}", MagicMock())
+        yield pytest.importorskip("timm.models.pvt_v2", reason="timm is missing; make test installs it")
+
+
+@torch.no_grad()
+def assert_same_features(ours: nn.Module, theirs: nn.Module) -> None:
+    """As they stand: timm has PVTv2's eps in every LayerNorm."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
+        for shape in SIZES:
+            images = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+            actual = ours.to(dtype).encode(images)[0]
+            expected = theirs.to(dtype).eval().forward_intermediates(images, intermediates_only=True)
+            for a, b in zip(actual, expected, strict=True):
+                assert (a - b).abs().max() < tolerance * b.abs().max()
+
+
+def test_ours_loads_timm(pvt_v2: ModuleType, tmp_path: Path) -> None:
+    """What timm saves starts ours, its classifier left out."""
+    theirs = randomise(pvt_v2.pvt_v2_b0())
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    ours = create_model("pvt_v2_b0").eval()
+    head = {key: value.clone() for key, value in ours.state_dict().items() if not key.startswith("backbone.")}
+    assert load_backbone(ours, tmp_path) is False
+    assert all(torch.equal(ours.state_dict()[key], value) for key, value in head.items())
+    assert_same_features(ours, theirs)
+    with pytest.raises(UserError, match="without a decode head"):
+        load_model(tmp_path)
+
+
+def test_timm_loads_the_official_layout(pvt_v2: ModuleType) -> None:
+    """The file as PVTv2's authors name it, through timm's own conversion."""
+    ours = seed(create_model("pvt_v2_b2")).eval()
+    official = {k.removeprefix("backbone."): v for k, v in ours.state_dict().items() if k.startswith("backbone.")}
+    theirs = pvt_v2.pvt_v2_b2(num_classes=0)
+    theirs.load_state_dict(pvt_v2.checkpoint_filter_fn(official, theirs))
+    assert_same_features(ours, theirs)
+
+
+def test_other_pvts_of_timm_are_refused(pvt_v2: ModuleType, tmp_path: Path) -> None:
+    """PVTv2-B2-Li pools where B2 reduces by a convolution."""
+    torch.save(pvt_v2.pvt_v2_b2_li().state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"does not fit pvt_v2_b2 .*attn\.sr\.weight \(64, 64, 1, 1\) instead of"):
+        load_backbone(create_model("pvt_v2_b2"), tmp_path / "w.pth")

@@ -3,10 +3,13 @@
 import re
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from packaging.requirements import Requirement
 
 from models import create_model
 from tests.conftest import ROOT, Command
@@ -90,7 +93,15 @@ def test_demo(checkout: Path, command: Command, tmp_path: Path) -> None:
 
 
 def test_environment_is_the_pinned_one() -> None:
-    environment = (ROOT / "environment.yml").read_text()
-    assert "-r requirements.txt" in environment and "python=3.11" in environment
-    pins = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    assert all("==" in pin for pin in pins if pin)
+    """conda brings Python; the packages are requirements.txt's, and the very ones that these tests run with."""
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert environment["channels"] == ["conda-forge", "nodefaults"]
+    assert conda == ["python=3.11", "pip"] and pip == {"pip": ["-r requirements.txt"]}
+    assert "Python 3.11" in (ROOT / "README.md").read_text()
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    pins = [Requirement(line) for line in lines if line]
+    assert {"torch", "numpy", "pillow"} <= {pin.name for pin in pins}
+    for pin in pins:
+        assert [specifier.operator for specifier in pin.specifier] == ["=="], pin
+        assert pin.specifier.contains(version(pin.name)), f"{pin} here is {version(pin.name)}"

@@ -106,7 +106,7 @@ def test_a_broken_download_goes_on(
 
 def test_an_encoder_is_checked_as_one(server: Server, tmp_path: Path) -> None:
     """MiT as the hub has it: another library's names, and a classifier."""
-    from models.checkpoints import to_huggingface
+    from models.layouts.huggingface import to_huggingface
 
     state = {k: v for k, v in create_model("segformer_b0").state_dict().items() if not k.startswith("linear_")}
     torch.save(

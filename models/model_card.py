@@ -1,0 +1,140 @@
+"""The model card of an exported network: what it is, how well it does, and how it was made, as far as that is known."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.export import Export
+
+CARD = """\
+# {title}
+
+{model} with {classes} outputs, {parameters:.2f} M parameters, for semantic segmentation{training}.
+{method}
+
+```python
+from PIL import Image
+from transformers import AutoImageProcessor, SegformerForSemanticSegmentation
+
+processor = AutoImageProcessor.from_pretrained(FOLDER)
+model = SegformerForSemanticSegmentation.from_pretrained(FOLDER)
+image = Image.open("street.jpg").convert("RGB")
+outputs = model(**processor(image, return_tensors="pt"))
+(labels,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(image.height, image.width)])
+```
+
+- **Input**: RGB, shorter side {height} pixels, {input}.
+  transformers from version 5 resizes by the shorter side.
+- **Output**: logits at a quarter of the input's size; {labels}.
+- **Exactness**: transformers adds 1e-5 in every LayerNorm where SegFormer was trained with 1e-6 in most; the logits
+  differ from the original's by about 1e-5 of the largest.
+
+## Result
+
+{result}
+
+## Training
+
+{recipe}
+
+## Licence
+
+Weights keep the terms of what they were trained from. NVIDIA's MiT ImageNet weights are for research, not commercial
+use; Cityscapes and ACDC have licences of their own for non-commercial use. Set `license` above accordingly before you
+publish this.
+"""
+RECIPE = (
+    *("recipe", "teacher_model", "student_model", "height", "batch_size", "accumulate", "num_epochs", "max_steps"),
+    *("lr", "betas", "weight_decay", "lr_decay_epochs", "lr_power", "flip", "shift", "precision", "seed"),
+    *("subset_every", "student_pretrained", "embed", "embed_weights", "knowledge_distillation_loss"),
+)
+"""Options of a run that belong on its card. Paths don't: they are nobody's business."""
+
+
+def model_card(export: "Export") -> str:
+    """The card in Markdown, with the Hugging Face hub's header."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    facts, model = export.facts, export.model
+    method, dataset, score = facts.get("method"), facts.get("dataset"), facts.get("mean_iou")
+    title = f"{model.name}, {method or 'TransKD'}"
+    results = None
+    if dataset and score is not None:
+        results = [
+            EvalResult(
+                task_type="image-segmentation",
+                dataset_type=dataset.lower(),
+                dataset_name=dataset,
+                dataset_split="val",
+                metric_type="mean_iou",
+                metric_name="mIoU in %, on maps of a quarter of the input's size",
+                metric_value=round(100 * score, 2),
+            )
+        ]
+    header = ModelCardData(
+        model_name=title,
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        license="other",
+        datasets=[dataset.lower()] if dataset else None,
+        metrics=["mean_iou"] if results else None,
+        eval_results=results,
+        tags=["segformer", "semantic-segmentation", "knowledge-distillation", "transkd"],
+    )
+    distilled = "teacher_model" in export.recipe or (method is not None and method.startswith("TransKD"))
+    card = CARD.format(
+        title=title,
+        model=model.name,
+        classes=model.num_classes,
+        parameters=export.parameters / 1e6,
+        training=f", trained on {dataset}" if dataset else "",
+        method=f"Trained by {method} of TransKD (Liu et al., arXiv 2202.13393); only the student is here."
+        if distilled
+        else "Exported from a PyTorch implementation of TransKD (Liu et al., arXiv 2202.13393).",
+        height=export.height,
+        input="scaled to [0, 1]" + (", then normalised" if model.normalisation else ", not normalised"),
+        labels="the last one is `ignore`" if export.class_names[-1] == "ignore" else "one for each class",
+        result=result_section(facts, export.record),
+        recipe=recipe_section(export.recipe, export.record),
+    )
+    return f"---\n{header.to_yaml()}\n---\n\n{card}"
+
+
+def read_run(weights: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The options and the records of the run in whose folder the weights lie; both empty where there is none."""
+    try:
+        options = json.loads((weights.parent / "options.json").read_text())
+        lines = (weights.parent / "metrics.jsonl").read_text().splitlines()
+        record = [json.loads(line) for line in lines]
+    except (OSError, ValueError):  # no run's folder, or it was damaged
+        return {}, []
+    same = all(options.get(key) == facts.get(key) for key in ("method", "dataset"))
+    return (options, record) if same and "method" in facts else ({}, [])
+
+
+def result_section(facts: dict[str, Any], record: list[dict[str, Any]]) -> str:
+    score, step = facts.get("mean_iou"), facts.get("step")
+    if score is None:
+        return "None is recorded in these weights."
+    text = f"{100 * score:.2f} % mIoU on the validation split after step {step or '?'}, on maps of a quarter of the "
+    text += "input's size."
+    measured = [event for event in record if event.get("event") == "val" and event.get("step") == step]
+    if not measured:
+        return text
+    ious = {name: iou for name, iou in measured[-1]["per_class"].items() if iou is not None}
+    rows = "\n".join(f"| {name} | {100 * iou:.2f} |" for name, iou in ious.items())
+    return f"{text}\nOf the classes that occur there:\n\n| class | IoU in % |\n|---|---|\n{rows}"
+
+
+def recipe_section(options: dict[str, Any], record: list[dict[str, Any]]) -> str:
+    if not options:
+        return "Nothing is recorded beside these weights."
+    text = ", ".join(f"{key} {options[key]}" for key in RECIPE if options.get(key) is not None)
+    started = [event for event in record if event.get("event") == "start"]
+    if not started:
+        return f"Options: {text}."
+    start = started[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in start.get("versions", {}).items())
+    revision = f"Code at revision {start['revision']}. " if start.get("revision") else ""
+    return f"Options: {text}.\n\n{revision}Made on {start.get('device')} with {versions}."
