@@ -26,7 +26,7 @@ class Classes:
     weights: tuple[float, ...] | None
     """(n + 1) weights of the cross entropy, 0 for ignore; None where none are published."""
     label_ids: tuple[int, ...]
-    """(n + 1) train id -> label id, which benchmark servers take; ignore -> 0."""
+    """(n + 1) train id -> the label id of the data set's own files and of Cityscapes' server; ignore -> 0."""
     ignored_label_ids: tuple[int, ...] = ()
     """Label ids that stand for no class of ours."""
 

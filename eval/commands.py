@@ -61,6 +61,7 @@ def paint(dataset: str, options: ColorOptions) -> list[Path]:
         size=options.size,
         overlay=options.overlay,
         ids=ids,
+        flat=options.flat,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
         device=device,

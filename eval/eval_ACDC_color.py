@@ -1,10 +1,10 @@
 """Segmentations of ACDC images as pictures, under the data set's own paths.
 
     python eval/eval_ACDC_color.py --datadir /data/acdc --output-dir pictures
-    python eval/eval_ACDC_color.py --datadir /data/acdc --subset test --train-ids
+    python eval/eval_ACDC_color.py --datadir /data/acdc --subset test --train-ids --flat
 
 Flags as in eval_cityscapes_color.py; the second line writes what the benchmark server takes: train
-ids, where Cityscapes' server takes label ids. It wants the files in one folder, see the README.
+ids, where Cityscapes' server takes label ids, all in one folder.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Run a model over a split, to score it or to render it; files are read and written meanwhile."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -146,12 +146,13 @@ def render(
     size: Literal["logits", "full"] = "logits",
     overlay: float | None = None,
     ids: Encoding | None = None,
+    flat: bool = False,
     batch_size: int = 1,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> list[Path]:
-    """Write a PNG per image under `output_dir`, at the path the image has in its data set.
+    """Write a PNG per image under `output_dir`, at the path the image has in its data set, or `flat` by its name.
 
     Colours by the palette at the logits' size, or upsampled before the argmax to the photograph's
     (`size="full"`, and always for `overlay`, the share of colour in the blend, and `ids`).
@@ -161,7 +162,7 @@ def render(
     image of the data set.
     """
     classes = dataset.classes
-    targets = output_paths(dataset, output_dir)
+    targets = output_paths(dataset, output_dir, flat)
     full = size == "full" or overlay is not None or ids is not None
 
     def write(index: int, labels: np.ndarray, photograph: Image.Image | None) -> None:
@@ -219,10 +220,11 @@ def upsample(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     return F.interpolate(rows, tuple(size), mode="bilinear", align_corners=False)[0]
 
 
-def output_paths(dataset: SceneDataset, output_dir: Path) -> list[Path]:
-    """One .png below `output_dir` per sample, mirroring the data set's paths; UserError if not."""
+def output_paths(dataset: SceneDataset, output_dir: Path, flat: bool = False) -> list[Path]:
+    """One .png in `output_dir` per sample, mirroring the data set's paths or `flat`; UserError if not."""
     root = output_dir.resolve()
-    targets = [root / Path(sample.name).with_suffix(".png") for sample in dataset.samples]
+    paths = [Path(sample.name).with_suffix(".png") for sample in dataset.samples]
+    targets = [root / (path.name if flat else path) for path in paths]
     images = {sample.image.resolve() for sample in dataset.samples}
     for target in targets:
         if not target.resolve().is_relative_to(root):
@@ -230,7 +232,8 @@ def output_paths(dataset: SceneDataset, output_dir: Path) -> list[Path]:
         if target.resolve() in images:
             raise UserError(f"{target} is an input image; choose another --output-dir")
     if len(set(targets)) < len(targets):
-        raise UserError("two images differ in their suffix alone; rename one of them")
+        twice, _ = Counter(target.name for target in targets).most_common(1)[0]
+        raise UserError(f"two images would both become {twice}; rename one of them, or leave --flat out")
     return targets
 
 

@@ -51,6 +51,8 @@ class IoUOptions(Options):
 class ColorOptions(Options):
     output_dir: Path | None = None
     """Where the pictures go, under the data set's own paths (default: outputs/color/WEIGHTS)."""
+    flat: bool = False
+    """All pictures side by side in one folder, as the ACDC server takes them."""
     size: Literal["logits", "full"] = "logits"
     """logits: a quarter of the input, as published. full: the photograph's size."""
     overlay: float | None = None
@@ -64,8 +66,8 @@ class ColorOptions(Options):
 def find_weights(options: Options, dataset: str) -> Path:
     """The file to evaluate: --weights, or the published name in outputs/. UserError if missing."""
     if options.weights is not None:
-        if not options.weights.is_file():
-            raise UserError(f"{options.weights} is no file; give --weights a checkpoint")
+        if not options.weights.exists():  # a folder is another library's
+            raise UserError(f"{options.weights} is not there; give --weights a checkpoint")
         return options.weights
     backbone = "segformerb2" if options.distillation_type == "teacher" else "segformerb0"
     path = OUTPUTS / f"{backbone}_{options.distillation_type}_{dataset.lower()}.pth"

@@ -15,14 +15,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     is the same product through oneDNN, forward and backward. How rows are dealt out to "images" doesn't matter.
     """
     if (
-        x.device.type != "cpu"
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or not torch.backends.mkldnn.is_available()
+        or x.device.type != "cpu"
         or x.dtype != torch.float32
         or x.numel() < WORTHWHILE
         or (x.numel() // x.shape[-1]) % MANY
-        or not torch.backends.mkldnn.is_available()
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
     ):
         return F.linear(x, weight, bias)
     images = x.reshape(MANY, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (16, C_in, 1, rows), channels_last

@@ -1,4 +1,4 @@
-"""The code in docs/EXTENDING.md runs as it stands, on drawn scenes in a layout of its own."""
+"""The pages' code for one's own data, loop, loss and method runs as it stands, on drawn scenes."""
 
 import re
 import shutil
@@ -8,7 +8,14 @@ import pytest
 
 from datasets import LAYOUTS
 from models import load_model
+from models.distillation.methods import METHODS, Settings, baseline
 from tests.conftest import ROOT
+
+
+def blocks_of(page: str, begin: str = "") -> list[str]:
+    """The Python blocks of a page from a heading on."""
+    text = (ROOT / page).read_text()
+    return re.findall(r"```python\n(.*?)```", text[text.index(begin) :], re.S)
 
 
 def test_extending(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,10 +28,15 @@ def test_extending(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(LAYOUTS, "mine", LAYOUTS["cityscapes"])  # what the page sets is gone after the test
     names: dict = {"DATADIR": str(tmp_path)}
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "EXTENDING.md").read_text(), re.S)
-    assert len(blocks) == 4
-    for block in blocks:
+    data, method = blocks_of("README.md", "## Your own data")
+    assert data.count("\n") - data.count("\n\n") <= 10 and method.count("\n") <= 30
+    loop, loss = blocks_of("docs/EXTENDING.md")
+    for block in (data, loop, loss, method):
         exec(block, names)
-    assert set(names["losses"]) == {"ce", "attention"} and names["losses"]["attention"] > 0
+    assert set(names["losses"]) >= {"ce", "hcl", "embed4"}
+    monkeypatch.setitem(METHODS, "attention", baseline(names["AttentionTransfer"]))
+    distiller = METHODS["attention"](names["student"], names["teacher"], None, Settings(baseline={"weight": 2.0}))
+    losses = distiller(names["to_float"](names["images"]), names["labels"])
+    assert set(losses) == {"ce", "attention"} and losses["attention"] > 0
     assert len(names["scenes"]) == 10
     assert load_model(tmp_path / "student.pth").name == "segformer_b0"

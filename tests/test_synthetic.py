@@ -134,9 +134,10 @@ def test_cityscapes_layout_pairs_and_repeats(tmp_path):
 def test_acdc_layout(tmp_path):
     drawn = files(write_dataset(tmp_path, "ACDC", **COUNTS))
     assert len(drawn) == 2 * 4 * 5
-    for condition in ("fog", "night", "rain", "snow"):
-        assert f"rgb_anon/{condition}/train/GOPR0001/GOPR0001_frame_000041_rgb_anon.png" in drawn
-        assert f"gt/{condition}/train/GOPR0001/GOPR0001_frame_000041_gt_labelTrainIds.png" in drawn
+    assert len({Path(name).name for name in drawn}) == len(drawn)
+    for drive, condition in (("GOPR1001", "fog"), ("GOPR2001", "night"), ("GOPR3001", "rain"), ("GOPR4001", "snow")):
+        assert f"rgb_anon/{condition}/train/{drive}/{drive}_frame_000041_rgb_anon.png" in drawn
+        assert f"gt/{condition}/train/{drive}/{drive}_frame_000041_gt_labelTrainIds.png" in drawn
 
 
 def test_label_ids_say_the_same_as_train_ids(tmp_path):
@@ -155,7 +156,7 @@ def test_the_command_passes_every_option_on(tmp_path, capsys):
     main(options)
     drawn = files(tmp_path)
     assert len(drawn) == 8 and all(name.endswith(("rgb_anon.png", "gt_labelIds.png")) for name in drawn)
-    image = np.asarray(Image.open(tmp_path / "rgb_anon/snow/train/GOPR0001/GOPR0001_frame_000041_rgb_anon.png"))
+    image = np.asarray(Image.open(tmp_path / "rgb_anon/snow/train/GOPR4001/GOPR4001_frame_000041_rgb_anon.png"))
     seed = (5, 0, WEATHERS.index("snow"), 0)
     np.testing.assert_array_equal(image, draw_scene(np.random.default_rng(seed), 32, 48, "snow")[0])
     assert "4 scenes, 4 of them new" in capsys.readouterr().out

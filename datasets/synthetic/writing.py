@@ -66,7 +66,9 @@ def scenes(options: Options) -> list[Scene]:
     for split, count in (("train", options.train), ("val", options.val)):
         for weather, i in itertools.product(WEATHERS[1:] if acdc else WEATHERS[:1], range(count)):
             if acdc:
-                drive = f"GOPR{i // 100 + (1 if split == 'train' else 501):04}"
+                # no two drives have one name: the benchmark server wants all images in one folder
+                number = 1000 * WEATHERS.index(weather) + i // 100 + (1 if split == "train" else 501)
+                drive = f"GOPR{number:04}"
                 stem = f"{weather}/{split}/{drive}/{drive}_frame_{41 + i % 100 * 10:06}"
                 image, label = root / f"rgb_anon/{stem}_rgb_anon.png", root / f"gt/{stem}_gt_{kind}.png"
             else:
