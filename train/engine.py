@@ -284,7 +284,7 @@ def prepare(device: torch.device, options: TrainingOptions) -> None:
         print("warning: on a CPU without AVX512-BF16 or AMX, bf16 is far slower than fp32", file=sys.stderr)
     if options.sync_batchnorm and device.type != "cuda":
         raise UserError("--sync-batchnorm works on CUDA alone; leave it out")
-    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+    torch.set_float32_matmul_precision("high" if options.tf32 and device.type == "cuda" else "highest")
     torch.backends.cudnn.allow_tf32 = options.tf32
     torch.backends.cudnn.benchmark = not options.deterministic
     torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
