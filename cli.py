@@ -29,8 +29,8 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
     try:
         main(_parse(options, sys.modules[main.__module__].__doc__))
     except UserError as error:
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        print(f"error: [rank {os.environ['RANK']}] {error}" if several else f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK")  # torchrun's
+        print(f"error: {error}" if rank is None else f"error: [rank {rank}] {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         # torch has an exception of its own for a GPU's memory, and none for the host's

@@ -85,6 +85,8 @@ def described(facts: dict[str, Any]) -> str:
 
 
 def main(options: Options) -> None:
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise cli.UserError(f"no folder {options.json.parent} for --json; make it first")
     sizes = QUICK if options.quick else FULL
     facts = machine()
     rows: list[Row] = []

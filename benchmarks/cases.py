@@ -91,16 +91,16 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
     name = f"SegFormer-B0: evaluation, {sizes.height}×{2 * sizes.height}"
     ours = create_model("segformer_b0").eval()
     images = torch.rand(1, 3, sizes.height, 2 * sizes.height)
-    peers: dict[str, Callable[[], nn.Module]] = {
-        "Hugging Face, SDPA": partial(published.HuggingFaceSegFormer, ours, "sdpa"),
-        "segmentation_models_pytorch": partial(published.smp_segformer, NUM_OUTPUTS),
+    peers: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+        "transformers": ("Hugging Face, SDPA", partial(published.HuggingFaceSegFormer, ours, "sdpa")),
+        "segmentation_models_pytorch": ("segmentation_models.pytorch", partial(published.smp_segformer, NUM_OUTPUTS)),
     }
-    for peer, build in peers.items():
-        try:
-            theirs = build().eval()
-        except (ImportError, RuntimeError):
+    for package, (peer, build) in peers.items():
+        if not find_spec(package):
             yield Row(name, peer, note=NOT_INSTALLED)
             continue
+        published.load_torchvision()
+        theirs = build().eval()
         times = in_turn(prediction(ours, images), prediction(theirs, images), 3 * sizes.repeats)
         yield Row(name, peer, "time", *times, 2.5)
 

@@ -5,6 +5,7 @@ softmax or, as a peer, through `scaled_dot_product_attention`. Their weights are
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,21 @@ def read_sample(image: Path, label: Path, height: int, ignore: int) -> tuple[Ten
 
 
 def smp_segformer(num_classes: int) -> nn.Module:
-    """segmentation_models_pytorch's SegFormer-B0. Raises ImportError or RuntimeError where it can't be imported."""
-    try:
-        import segmentation_models_pytorch as smp
-    except RuntimeError:  # torchvision looks for operators that its CUDA build doesn't bring along on a CPU
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import segmentation_models_pytorch as smp
+    """segmentation_models_pytorch's SegFormer-B0."""
+    import segmentation_models_pytorch as smp
+
     return smp.Segformer("mit_b0", encoder_weights=None, classes=num_classes)
+
+
+def load_torchvision() -> None:
+    """Import torchvision, which smp needs and Hugging Face takes where it is, if it is installed.
+
+    Its CUDA build looks for operators that it doesn't bring along on a CPU; nothing here calls them.
+    """
+    if find_spec("torchvision"):
+        try:
+            import torchvision  # noqa: F401
+        except RuntimeError:
+            library = torch.library.Library("torchvision", "DEF")
+            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

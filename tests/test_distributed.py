@@ -4,12 +4,18 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from datasets import open_split
+from datasets.classes import CITYSCAPES
+from datasets.loading import Batch
 from eval.inference import evaluate
 from models import load_model
+from models.distillation.losses import cross_entropy
 from tests.conftest import Command
 from tests.test_training import SMALL, assert_equal, records
+from train.distributed import Ranks
+from train.engine import shares
 
 
 def torchrun(command: Command, *arguments: object):
@@ -22,10 +28,13 @@ def torchrun(command: Command, *arguments: object):
 
 @pytest.mark.slow
 def test_two_processes(command: Command, scenes: Path, teacher_weights: Path, tmp_path: Path) -> None:
-    """Without dropout, whose draws each process makes for itself; BatchNorm sees two images at a time in both."""
+    """Without dropout, whose draws each process makes for itself; BatchNorm sees the same images at a time in both.
+
+    Seven images: the second batch of four lacks one, so that a process has one image and the other two.
+    """
     names = sorted(p.name for p in (scenes / "leftImg8bit" / "train").rglob("*.png"))
-    listed = tmp_path / "eight.txt"  # so that every batch of four is whole
-    listed.write_text("\n".join(names[:8]))
+    listed = tmp_path / "seven.txt"
+    listed.write_text("\n".join(names[:7]))
     flags = ["train/TransKDBase.py", "--datadir", scenes, "--teacher-weights", teacher_weights, *SMALL]
     flags += ["--train-list", listed, "--batch-size", 4, "--max-steps", 5, "--validate-every", 5]
     flags += ["--drop-path-rate", 0, "--dropout", 0, "--lr", 1e-4]
@@ -53,6 +62,30 @@ def test_two_processes_resume_exactly(command: Command, scenes: Path, tmp_path: 
         done = torchrun(command, *flags, "--max-steps", steps, "--output-dir", tmp_path / name, *more)
         assert done.returncode == 0, done.stderr
     assert_equal(tmp_path / "whole" / "student.safetensors", tmp_path / "parts" / "student.safetensors")
+
+
+def test_parts_count_as_the_whole_batch() -> None:
+    """Parts of unequal size and weight: what the losses average to is what the whole batch gives."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 20, 4, 8), torch.randint(0, 20, (3, 4, 8), dtype=torch.uint8)
+    labels[2, :3] = 19  # mostly ignored
+    weights = torch.tensor(CITYSCAPES.weights)
+    parts = [
+        Batch(torch.empty(n, 3, 16, 32), part, torch.arange(n)) for n, part in zip((2, 1), labels.split(2), strict=True)
+    ]
+    share = shares(parts, weights, Ranks("cpu"))
+    ce = [cross_entropy(x, y, weights) for x, y in zip(logits.split(2), labels.split(2), strict=True)]
+    mse = [x.square().mean() for x in logits.split(2)]
+    found = torch.stack([torch.stack(ce), torch.stack(mse)], dim=1).mul(share).mean(0)
+    whole = torch.stack([cross_entropy(logits, labels, weights), logits.square().mean()])
+    torch.testing.assert_close(found, whole)
+    assert (torch.stack(ce).mean() - whole[0]).abs() > 1e-2  # what a plain average would be off by
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "x"}])
+def test_half_of_torchruns_variables(command: Command, scenes: Path, tmp_path: Path, variables: dict[str, str]) -> None:
+    done = command("train/student.py", "--datadir", scenes, *SMALL, "--output-dir", tmp_path / "run", **variables)
+    assert done.returncode == 2 and "torchrun" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_batch_that_cannot_be_shared(command: Command, scenes: Path, tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import PolynomialLR
 
+from cli import UserError
 from models import create_model, load_model
 from models.distillation import Distiller
 from tests.conftest import ROOT, Command
 from tests.golden_data import load
 from train.optimisation import Plan, Schedule, new_optimizer
+from train.options import TrainingOptions
 from train.TransKDBase import Options
 
 SMALL = (
@@ -216,6 +218,15 @@ def test_imagenet_student(command: Command, scenes: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_steps", 0), ("betas", (2.0, 0.9)), ("dropout", 5.0), ("drop_path_rate", 1.5), ("save_every", -1.0)],
+)
+def test_values_out_of_range(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} is"):
+        TrainingOptions(datadir=Path(), **{name: value})
+
+
 @pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--compile",), ("--deterministic", "--no-tf32")])
 def test_flags_of_speed(flags: tuple[str, ...], command: Command, scenes: Path, tmp_path: Path) -> None:
     """They change how a step is computed, not what: the loss is that of a plain run."""

@@ -26,7 +26,12 @@ class Ranks:
     """
 
     def __init__(self, device: str) -> None:
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        try:
+            self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        except ValueError as error:
+            raise UserError("RANK and WORLD_SIZE in the environment are no numbers; torchrun sets them") from error
+        if self.world_size > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
+            raise UserError("WORLD_SIZE is set but not the rest of what torchrun sets; start by torchrun, or unset it")
         if self.world_size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         self.device = find_device(device)

@@ -143,7 +143,7 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
         state = restore(options, ranks, distiller, optimizer, averaged)
     schedule = Schedule(optimizer, options, plan)
     if options.compile:
-        distiller.compile()
+        distiller.compile(dynamic=False)  # an epoch's odd last batch is compiled too, instead of slowing all others
     learner = ranks.wrap(distiller)
     total_steps = plan.total_steps(state.epoch, state.batch, state.step)
 
@@ -199,10 +199,11 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
                 for group in grouped(batches(state.epoch, state.batch), options.accumulate):
                     schedule.set(state.epoch, state.step)
                     optimizer.zero_grad(set_to_none=True)
-                    for batch in group:
+                    for batch, share in zip(group, shares(group, distiller.class_weights, ranks), strict=True):
                         with ranks.averaging(learner, batch is group[-1]):
                             with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                                 losses = learner(*to_device(batch, device))
+                            losses = {name: share[int(name != "ce")] * loss for name, loss in losses.items()}
                             total = torch.stack(list(losses.values())).sum() / len(group)
                             total.backward()
                         tracker.add(losses, batch.indices)
@@ -276,6 +277,23 @@ def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
             group = []
     if group:
         yield group
+
+
+def shares(group: list[Batch], class_weights: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """How much each part of a global batch counts, (parts, 2): first for cross entropy, then for all other losses.
+
+    Losses are averaged over parts and ranks. But a part may hold fewer images than the others, and cross entropy is an
+    average over pixels weighted by their class. Multiplied by these, the averages are those of the whole batch.
+    """
+    if len(group) == ranks.world_size == 1:
+        return torch.ones(1, 2, device=ranks.device)
+    weights = class_weights.cpu()
+    counted = [
+        torch.bincount(batch.labels.flatten(), minlength=len(weights)).double() @ weights.double() for batch in group
+    ]
+    own = torch.tensor([(float(c), len(batch.images)) for c, batch in zip(counted, group, strict=True)])
+    own = own.to(ranks.device)
+    return own / ranks.mean(own.mean(0)).clamp_min(torch.finfo(own.dtype).tiny)
 
 
 def prepare(device: torch.device, options: TrainingOptions) -> None:

@@ -156,7 +156,9 @@ class TrainingOptions:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        for name in ("num_workers", "shift", "weight_decay", "warmup_steps"):
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UserError(f"--max-steps is {self.max_steps}; it must be at least 1")
+        for name in ("num_workers", "shift", "weight_decay", "warmup_steps", "save_every", "eps", "lr_power"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it can't be negative")
         if self.height < MIN_HEIGHT:
@@ -172,9 +174,10 @@ class TrainingOptions:
             raise UserError(f"--scale is {self.scale[0]} {self.scale[1]}; give the smaller factor first, above 0")
         if self.crop is not None and min(self.crop) < MIN_HEIGHT:
             raise UserError(f"--crop is {self.crop[0]} {self.crop[1]}; the four stages need at least {MIN_HEIGHT}")
-        for name in ("jitter", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        for name in ("jitter", "ema", "dropout", "drop_path_rate", "betas"):
+            value = getattr(self, name)
+            if not all(0 <= part < 1 for part in (value if isinstance(value, tuple) else (value,))):
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 0 and below 1")
         if self.published_shift and (self.scale != (1.0, 1.0) or self.crop or self.loss_size == "full"):
             raise UserError(
                 "--published-shift knows quarter-size labels alone; leave out --scale, --crop and --loss-size full"
