@@ -17,8 +17,9 @@ from PIL import Image
 
 import cli
 from datasets import open_split
+from eval.records import read_json
 from eval.rendering import colorize, legend, side_by_side
-from eval.report import Run, read_json, write_report
+from eval.report import Run, write_report
 
 ROOT = Path(__file__).resolve().parent
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -30,12 +30,18 @@ class Item(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
-def open_image(path: Path, *, load: bool = True) -> Image.Image:
-    """Open `path`, and decode it unless `load` is off. Raises UserError if it is missing, broken or too large."""
+def open_image(path: Path, *, load: bool = True, upright: bool = False) -> Image.Image:
+    """Open `path`, decode it unless `load` is off, turn it as the camera was held if `upright`.
+
+    Raises:
+        UserError: it is missing, broken or too large.
+    """
     try:
-        image = Image.open(path)
+        image: Image.Image = Image.open(path)
         if load:
             image.load()
+        if upright:
+            image = ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise UserError(f"{path} is gone; put it back or start again without it") from error
     except _BROKEN as error:
@@ -43,9 +49,9 @@ def open_image(path: Path, *, load: bool = True) -> Image.Image:
     return image
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, *, upright: bool = False) -> Image.Image:
     """An RGB photograph at its own size. Raises UserError as `open_image`, or if it has over 8 bits a channel."""
-    image = open_image(path)
+    image = open_image(path, upright=upright)
     if image.mode.startswith(("I", "F")):
         raise UserError(f"{path} has more than 8 bits a channel (mode {image.mode}); convert it to 8-bit RGB")
     return image.convert("RGB")

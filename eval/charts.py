@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from math import ceil, isfinite
 from pathlib import Path
@@ -36,6 +36,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",  # the same chart gives the same file
     "text.color": LIGHT["ink"],
+    "text.parse_math": False,  # names may have dollars
     "xtick.color": LIGHT["soft"],
     "xtick.major.size": 0,
     "ytick.color": LIGHT["soft"],
@@ -54,6 +55,8 @@ class Chart:
     name: str
     title: str
     figure: Figure
+    marks: Mapping[str, Any] = field(default_factory=dict)
+    """What the legend explains, by label. (matplotlib's own list leaves out labels that begin with "_".)"""
 
     @mpl.rc_context(STYLE)
     def svg(self) -> str:
@@ -81,13 +84,10 @@ class Chart:
         """
         figure, path = self.figure, folder / f"{self.name}.png"
         figure.suptitle(self.title)
-        marks = {
-            label: mark for axes in figure.axes for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        if marks:
+        if self.marks:
             columns = max(1, int(figure.get_figwidth() // 2))
-            figure.set_figheight(figure.get_figheight() + 0.2 * ceil(len(marks) / columns))
-            figure.legend([*marks.values()], [*marks], loc="outside lower center", ncols=columns)
+            figure.set_figheight(figure.get_figheight() + 0.2 * ceil(len(self.marks) / columns))
+            figure.legend([*self.marks.values()], [*self.marks], loc="outside lower center", ncols=columns)
         with writing(path) as aside:
             figure.savefig(aside, format="png", dpi=200, facecolor=LIGHT["card"])
         return path
@@ -112,6 +112,7 @@ def line_chart(
     """
     figure = Figure(figsize=size)
     axes = figure.add_subplot(xlabel="step")
+    marks = {}
     for label, points in lines.items():
         points = [(x, y) for x, y in points if isfinite(y)]
         if not points:
@@ -119,11 +120,11 @@ def line_chart(
         color = _color(colors[label])
         shown = points if dots else thin(points, 120)
         last = f"{label}: {shown[-1][1]:.4g}{unit} at step {shown[-1][0]:.0f}"
-        axes.plot(*zip(*shown, strict=True), color=color, label=label, gid=HOVER + last)
+        (marks[label],) = axes.plot(*zip(*shown, strict=True), color=color, gid=HOVER + last)
         if dots and len(shown) <= 60:
             for x, y in shown:
                 axes.plot(x, y, "o", color=color, markersize=4, gid=f"{HOVER}{label}, step {x:.0f}: {y:.4g}{unit}")
-    if not axes.lines:
+    if not marks:
         return None
     for label, value in (levels or {}).items():
         axes.axhline(value, color=LIGHT["soft"], linestyle="--", linewidth=1, gid=f"{HOVER}{label}")
@@ -133,7 +134,7 @@ def line_chart(
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
     axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k" if step >= 1000 else f"{step:g}")
-    return Chart(name, title, figure)
+    return Chart(name, title, figure, marks)
 
 
 @mpl.rc_context(STYLE)
@@ -152,17 +153,18 @@ def bar_chart(
     group = len(bars) + 1.5  # widths of a bar
     figure = Figure(figsize=(max(6.0, 0.6 + 0.1 * group * len(groups)), 3.2))
     axes = figure.add_subplot()
+    marks = {}
     for offset, (label, row) in enumerate(bars.items()):
         known = [(place, value) for place, value in enumerate(row) if value is not None]
         xs = [place * group + offset - (len(bars) - 1) / 2 for place, _ in known]
-        drawn = axes.bar(xs, [value for _, value in known], width=0.9, color=_color(colors[label]), label=label)
-        for patch, (place, value) in zip(drawn, known, strict=True):
+        marks[label] = axes.bar(xs, [value for _, value in known], width=0.9, color=_color(colors[label]))
+        for patch, (place, value) in zip(marks[label], known, strict=True):
             patch.set_gid(f"{HOVER}{groups[place]}, {label}: {value:.4g}{unit}")
     turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(groups) > 8 else {}
     axes.set_xticks([place * group for place in range(len(groups))], groups, **turned)
     axes.locator_params("y", **TICKS)
     axes.set_xlim(-group / 2, (len(groups) - 0.5) * group)
-    return Chart(name, title, figure)
+    return Chart(name, title, figure, marks)
 
 
 @mpl.rc_context(STYLE)

@@ -53,6 +53,9 @@ def paint(dataset: str, options: ColorOptions) -> list[Path]:
     ids: Encoding | None = "label_ids" if options.label_ids else "train_ids" if options.train_ids else None
     model, data, weights, device = open_model_and_data(options, dataset, require_labels=False)
     folder = options.output_dir or OUTPUTS / "color" / weights.stem
+    for place in {options.datadir, *(options.datadir / Path(sample.name).parts[0] for sample in data.samples)}:
+        if folder.resolve().is_relative_to(place.resolve()):  # which may be a link
+            raise UserError(f"--output-dir {folder} lies in the data set; choose another folder")
     claim_folder(folder)
     pictures = render(
         model,

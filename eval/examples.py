@@ -19,6 +19,7 @@ from eval.rendering import colorize, legend, side_by_side, stack
 from models import load_model
 
 HEIGHT = 256  # pixels of a panel; a report must stay small enough to send
+NEEDED = {"dataset", "datadir", "subset", "height", "weights", "per_image"}  # of an evaluation
 
 
 @dataclass
@@ -70,13 +71,13 @@ def find_examples(
     """
     if not count:
         return [], []
+    scored = {name: evaluation for name, evaluation in evaluations.items() if evaluation.keys() >= NEEDED}
     notes = [
-        f"Worst and best images of {name}: its evaluation has no scores for each image; evaluate it by the IoU "
-        "script's --json, or with --evaluate where there is no eval.json."
-        for name, evaluation in evaluations.items()
-        if "per_image" not in evaluation
+        f"Worst and best images of {name}: its evaluation has no scores for each image, or doesn't say of which data; "
+        "evaluate it by the IoU script's --json, or with --evaluate where there is no eval.json."
+        for name in evaluations
+        if name not in scored
     ]
-    scored = {name: evaluation for name, evaluation in evaluations.items() if "per_image" in evaluation}
     worst, best = choose([evaluation["per_image"] for evaluation in scored.values()], count)
     if scored and not worst:
         notes.append("Worst and best images: the evaluations have no image in common.")

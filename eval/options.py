@@ -83,7 +83,7 @@ def open_model_and_data(
     if options.batch_size < 1 or options.num_workers < 0:
         raise UserError("--batch-size must be at least 1, --num-workers at least 0")
     if options.json is not None:
-        claim_folder(options.json.parent)
+        claim_file(options.json)
     device = find_device(options.device)
     weights = find_weights(options, dataset)
     data = open_split(
@@ -102,6 +102,13 @@ def open_model_and_data(
             "use weights trained on these classes"
         )
     return model, data, weights, device
+
+
+def claim_file(path: Path) -> None:
+    """Make the folder of a file to come. Raises UserError if it can't be written, or if the file is a folder."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
+    claim_folder(path.parent)
 
 
 def claim_folder(folder: Path) -> None:

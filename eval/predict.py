@@ -33,12 +33,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from cli import UserError, find_device, run
 from datasets import DATASETS, find_layout
 from datasets.classes import Classes
+from datasets.scenes import read_image
 from datasets.transforms import resize_image, to_float
 from eval import rendering, video
 from eval.inference import progress_line, save_png, upsample
@@ -84,8 +85,10 @@ def main(options: Options) -> None:
     """Predict."""
     if options.batch_size < 1 or options.height < 32:
         raise UserError("--batch-size must be at least 1, --height at least 32")
-    if not options.inputs:
+    if not options.inputs or not all(options.inputs):
         raise UserError("name what to predict: photographs, videos, folders or patterns")
+    if not options.kinds:
+        raise UserError("--kinds names no kind of picture; name one, or leave it out")
     if not 0 <= options.alpha <= 1:
         raise UserError(f"--alpha {options.alpha} is no share of colour; give 0 to 1")
     classes = find_layout(options.dataset).classes
@@ -99,16 +102,15 @@ def main(options: Options) -> None:
     claim_folder(options.output_dir)
     failed: list[Path] = []
 
-    def warn(source: Path, error: Exception) -> None:
-        print(f"warning: {source} can't be read ({error})", file=sys.stderr)
+    def warn(source: Path, problem: str) -> None:
+        print(f"warning: {problem}", file=sys.stderr)
         failed.append(source)
 
     def read(source: Path) -> Read | None:
         try:
-            with Image.open(source) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            warn(source, error)
+            image = read_image(source, upright=True)
+        except UserError as error:
+            warn(source, str(error))
             return None
         return source, image, to_pixels(image, options.height)
 
@@ -131,7 +133,7 @@ def main(options: Options) -> None:
         try:
             predict_video(source, targets[source], network, classes, options)
         except video.UnreadableError as error:
-            warn(source, error)
+            warn(source, f"{source} cannot be read as a video: {error}")
     if failed:
         raise UserError(f"{len(failed)} of {len(inputs)} inputs can't be read: {failed[0]}" + " …" * (len(failed) > 1))
     counts = {"photographs": len(photographs), "videos": len(videos)}
@@ -208,7 +210,7 @@ def open_network(weights: Path, classes: Classes, device_name: str) -> Network:
         UserError: it is none, or it has other classes.
     """
     network: Network
-    if weights.suffix == ".onnx":
+    if weights.suffix.lower() == ".onnx":
         onnx = OnnxNetwork(weights)
         network, outputs = onnx, len(onnx.class_names)
     else:

@@ -10,7 +10,6 @@ does `eval/eval_…_iou.py --json RUN/eval.json`. Without it the last validation
 predicted anew with the weights and the data that eval.json names. The page says what it could not show.
 """
 
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,8 +30,17 @@ from eval.commands import score
 from eval.examples import Example, find_examples
 from eval.inference import save_png
 from eval.metrics import percent
-from eval.options import IoUOptions, claim_folder
+from eval.options import IoUOptions, claim_file, claim_folder
 from eval.page import Picture, figure, legend, page, panels, table
+from eval.records import read_json, read_records
+
+EVALUATION: dict[str, type] = {
+    **dict.fromkeys(("dataset", "datadir", "subset", "weights", "protocol"), str),
+    **dict.fromkeys(("per_class", "per_image", "conditions"), dict),
+    "height": int,
+    "confusion": list,
+}
+"""What eval.json holds beside mean_iou."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +56,7 @@ class Run:
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line cut short by a killed run is left out."""
-        path = self.folder / "metrics.jsonl"
-        if not path.is_file():
-            raise UserError(f"{path} is missing; name the folder of a training run")
-        records = []
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return records
+        return read_records(self.folder / "metrics.jsonl")
 
     def curve(self, event: str, *keys: str) -> list[tuple[float, float]]:
         """(step, value) of an event; a step repeated after a resume counts once, the last time."""
@@ -76,16 +74,16 @@ class Run:
         return next((r for r in reversed(self.records) if r.get("event") == event), None)
 
     def evaluation(self) -> dict[str, Any] | None:
-        """eval.json, or else the last validation."""
-        return read_json(self.folder / "eval.json") or self.last("val")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The file's content, None if there is no file. Raises UserError if it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); write it again or remove it") from error
+        """eval.json, or else the last validation. Raises UserError if the file is none that an IoU script writes."""
+        path = self.folder / "eval.json"
+        evaluation = read_json(path)
+        if evaluation is None:
+            return self.last("val")
+        wrong = [key for key, kind in EVALUATION.items() if not isinstance(evaluation.get(key, kind()), kind)]
+        if wrong or "mean_iou" not in evaluation:
+            key = wrong[0] if wrong else "mean_iou"
+            raise UserError(f"{path} has no {key} as the IoU scripts write it; remove it, or write it by their --json")
+        return evaluation
 
 
 def write_report(
@@ -135,7 +133,7 @@ def write_report(
         ("Not shown", "".join(f"<p class='note'>{escape(note)}</p>" for note in [*uncounted, *notes])),
     ]
     path = Path(path)
-    claim_folder(path.parent)
+    claim_file(path)
     with writing(path) as aside:
         aside.write_text(page(title, introduction, sections), encoding="utf-8")
     if plots is not None:
@@ -251,7 +249,7 @@ def confusion_charts(evaluations: Mapping[str, dict[str, Any]]) -> list[Chart]:
             f"confusion_{_stem(name)}", f"{name}, % of each true class", e["confusion"], list(e["per_class"])
         )
         for name, e in evaluations.items()
-        if "confusion" in e
+        if "confusion" in e and "per_class" in e
     ]
 
 
@@ -341,6 +339,7 @@ def main(options: Options) -> None:
         raise UserError("no run given; name at least one run folder")
     if options.examples < 0:
         raise UserError("--examples must be at least 0")
+    claim_file(options.output)
     names = [folder.resolve().name for folder in options.runs]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in options.runs]

@@ -58,9 +58,9 @@ def cityscapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def acdc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, rng = tmp_path_factory.mktemp("acdc"), np.random.default_rng(1)
-    for condition, images in (("fog", 2), ("night", 1), ("rain", 1), ("snow", 1)):
+    for drive, (condition, images) in enumerate((("fog", 2), ("night", 1), ("rain", 1), ("snow", 1))):
         for i in range(images):
-            name = f"{condition}/val/GOPR0001/GOPR0001_frame_00000{i}"
+            name = f"{condition}/val/GOPR000{drive}/GOPR000{drive}_frame_00000{i}"
             image, label = f"rgb_anon/{name}_rgb_anon.png", f"gt/{name}_gt_labelIds.png"
             write_pair(root / image, root / label, rng)
     return root
@@ -237,7 +237,8 @@ def test_train_ids_are_what_the_acdc_server_takes(
     """One channel at the photograph's size, 0 … 18, all in one folder."""
     data = open_split("ACDC", acdc, "val", height=64, cache=False)
     flags = ["--datadir", acdc, "--weights", weights, "--height", 64, "--output-dir", tmp_path / "train_ids"]
-    assert command(eval_ACDC_color, *flags, "--train-ids", "--flat")[0] == 0
+    code, _, err = command(eval_ACDC_color, *flags, "--train-ids", "--flat")
+    assert code == 0, err
     files = [tmp_path / "train_ids" / Path(sample.name).name for sample in data.samples]
     assert len(files) == 5 and all(path.name.endswith("_rgb_anon.png") for path in files)
     ids = render(model, data, tmp_path / "label_ids", ids="label_ids", progress=False)
@@ -305,8 +306,11 @@ def test_splits_without_labels_are_rendered_but_not_scored(
         (["--overlay", "1.5"], "--overlay 1.5"),
         (["--overlay", "0.5", "--label-ids"], "exclude each other"),
         (["--train-ids", "--label-ids"], "exclude each other"),
-        (["--output-dir", "{datadir}"], "is an input image"),
-        (["--output-dir", "{datadir}/unused.png"], "cannot make the folder"),
+        (["--output-dir", "{datadir}/leftImg8bit/val"], "lies in the data set"),
+        (["--output-dir", "{datadir}", "--flat"], "lies in the data set"),
+        (["--datadir", "{linked}", "--output-dir", "{datadir}/leftImg8bit/val/new"], "lies in the data set"),
+        (["--output-dir", "{weights}"], "cannot make the folder"),
+        (["--json", "{linked}"], "is a folder"),
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["--device", "warp"], "--device warp"),
         (["--batch-size", "0"], "--batch-size"),
@@ -315,12 +319,15 @@ def test_splits_without_labels_are_rendered_but_not_scored(
 def test_mistakes_get_one_line(
     cityscapes: Path, weights: Path, tmp_path: Path, command: Any, flags: list[str], words: str
 ) -> None:
-    given = ["--datadir", cityscapes, "--weights", weights, "--height", 64, "--output-dir", tmp_path]
-    more = [flag.format(datadir=cityscapes) for flag in flags]
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "leftImg8bit").symlink_to(cityscapes / "leftImg8bit")
+    given = ["--datadir", cityscapes, "--weights", weights, "--height", 64, "--output-dir", tmp_path / "pictures"]
+    more = [flag.format(datadir=cityscapes, linked=linked, weights=weights) for flag in flags]
     code, _, err = command(eval_cityscapes_color, *given, *more)
     assert code == 2 and words in err and err.startswith("error: ")
     assert len(err.strip().splitlines()) == 1
-    assert not list(tmp_path.rglob("*.png"))
+    assert not list(tmp_path.rglob("*.png")) and not (cityscapes / "leftImg8bit/val/new").exists()
 
 
 @pytest.mark.parametrize(
@@ -364,6 +371,8 @@ def test_pictures_stay_below_the_output_folder(cityscapes: Path, model: SegForme
     with pytest.raises(UserError, match="leaves --output-dir"):
         render(model, data, tmp_path / "out", progress=False)
     assert not list(elsewhere.iterdir())
+    with pytest.raises(UserError, match="is an input image"):
+        render(model, data, cityscapes, progress=False)
 
 
 def test_odd_sizes(model: SegFormer, tmp_path: Path) -> None:

@@ -127,8 +127,30 @@ def test_eval_json_goes_before_the_last_validation(tmp_path: Path) -> None:
     (run.folder / "eval.json").write_text('{"mean_iou": 0.3}')
     assert (run.evaluation() or {})["mean_iou"] == 0.3
     (run.folder / "eval.json").write_text("half")
-    with pytest.raises(UserError, match=r"eval\.json is not JSON"):
-        run.evaluation()
+    for content, says in (
+        ("half", r"eval\.json is not JSON"),
+        ("[0.3]", "no JSON object"),
+        ('{"per_image": {}}', "has no mean_iou"),
+        ('{"mean_iou": 0.3, "per_class": [0.3]}', "has no per_class"),
+    ):
+        (run.folder / "eval.json").write_text(content)
+        with pytest.raises(UserError, match=says):
+            run.evaluation()
+
+
+def test_damaged_records_are_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "student", [0.2, 0.4])
+    path = run.folder / "metrics.jsonl"
+    damage = b'\n[1, 2]\n7\n{"event": "val", "mean_iou": 0.9}\n{"step": 9}\n\xff\xfe\x00\n\x00\x00\x00\x00\n'
+    path.write_bytes(damage + path.read_bytes() + damage)
+    (run.folder / "eval.json").write_text('{"mean_iou": 0.3, "per_image": {"a": 0.3}}')  # of an unknown data set
+    assert run.curve("val", "mean_iou") == [(2, 0.2), (4, 0.4)]
+    main(Options((run.folder,), tmp_path / "page.html"))
+    text = (tmp_path / "page.html").read_text()
+    assert "Worst and best images of run" in text and "40.00" in text
+    (run.folder / "options.json").write_text("[]")
+    with pytest.raises(UserError, match=r"options\.json holds no JSON object"):
+        main(Options((run.folder,), tmp_path / "page.html"))
 
 
 def test_command(scenes: Path, tmp_path: Path, command: Command) -> None:
@@ -176,6 +198,7 @@ def test_mistakes(tmp_path: Path) -> None:
         (Options(()), "no run given"),
         (Options((tmp_path,)), "metrics.jsonl is missing"),
         (Options((run.folder,), examples=-1), "--examples"),
+        (Options((run.folder,), tmp_path), "is a folder"),
         (Options((run.folder,), evaluate=True), "has no dataset; evaluate this run by its IoU script"),
     ):
         with pytest.raises(UserError, match=says):
@@ -206,6 +229,19 @@ def test_charts_show_what_there_is() -> None:
     assert 'aria-label="X &amp; Y"' in chart.svg()
     assert line_chart("x", "X", {"a": []}, colors) is None
     assert bar_chart("x", "X", ["road"], {"a": [None]}, colors) is None
+
+
+@pytest.mark.parametrize("name", ["_run", "run_$a_$"])
+def test_names_of_runs_stand_as_they_are(name: str, tmp_path: Path) -> None:
+    charts = (
+        line_chart("line", name, {name: [(0, 1.0), (1, 2.0)]}, {name: 0}, levels={name: 1.0}, dots=True),
+        bar_chart("bar", name, [name], {name: [1.0]}, {name: 0}),
+    )
+    for chart in charts:
+        assert chart is not None and name in chart.svg()
+        chart.save(tmp_path)
+        (legend,) = chart.figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == [name]
 
 
 def test_confusion_is_a_share_of_the_true_class(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import importlib
 import json
-import os
 import re
 import sys
 import tomllib
@@ -21,7 +20,7 @@ import cli
 from cli import UserError, writing
 from datasets import synthetic
 from eval.options import IoUOptions
-from eval.report import read_json
+from eval.records import read_json, read_records
 from train.options import ROOT, TrainingOptions
 from train.run_folder import CHECKPOINTS, FREE
 
@@ -406,17 +405,6 @@ def _digest(path: Path, changed: int) -> str:
 
 def last_record(folder: Path, event: str = "") -> dict[str, Any]:
     """The last record of metrics.jsonl, or the last of a kind; only the end of a long file is read."""
-    try:
-        with (folder / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
-            lines = file.read().splitlines()
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:  # the first line may begin, the last one end, in its middle
-            continue
-        if event in ("", record["event"]):
-            return record
-    return {}
+    path = folder / "metrics.jsonl"
+    records = read_records(path, tail=2**16) if path.is_file() else []
+    return next((record for record in reversed(records) if event in ("", record["event"])), {})

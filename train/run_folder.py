@@ -20,6 +20,7 @@ import PIL
 import torch
 
 from cli import UserError, writing
+from eval.records import read_json
 from train.options import ROOT, TrainingOptions
 
 CHECKPOINTS = ("last.pt", "previous.pt")
@@ -90,7 +91,7 @@ class RunFolder:
             UserError: a resumed run differs in something that changes its result.
         """
         known, now = self.path / "options.json", options.as_json() | facts
-        before = json.loads(known.read_text()) if options.resume and known.exists() else {}
+        before = (read_json(known) if options.resume else None) or {}
         changed = [
             f"{key} {now.get(key)} instead of {before[key]}"
             for key in before

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.live import Live
 
 from cli import UserError
-from eval.report import read_json
+from eval.records import read_json
 from train.engine import Interrupt
 from train.grid import Job, last_record, short
 

@@ -4,7 +4,8 @@ import json
 import math
 import sys
 import time
-from typing import Any, TextIO
+from io import FileIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torch import Tensor, nn
 
-from cli import writing
+from cli import UserError, writing
 from datasets import SceneDataset
 from datasets.transforms import to_float
+from eval.records import read_records
 from eval.rendering import colorize
-from train.dashboard import Dashboard
+from train.dashboard import Dashboard, tensorboard_writer
 from train.distributed import Ranks
 from train.options import TrainingOptions
 
@@ -56,23 +58,21 @@ class Tracker:
         self.images = self.steps_here = 0
         self.clock = self.started = time.perf_counter()
         self.last_line = 0.0
-        self.file: TextIO | None = None
+        self.file: FileIO | None = None
         self.writer: Any = None
         self.dashboard: Dashboard | None = None
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(20), console=CONSOLE, transient=True)
         self.task: TaskID | None = None
         if ranks.first:
             path = options.run_dir / "metrics.jsonl"
-            kept = _records_until(path.read_text() if path.exists() else "", start_step)
+            kept = [record for record in read_records(path) if record["step"] <= start_step] if path.exists() else []
             with writing(path) as aside:
-                aside.write_text(kept)
-            self.file = path.open("a", buffering=1)
+                aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            self.file = path.open("ab", buffering=0)
             if options.visualize:
                 self.dashboard = Dashboard(options.run_dir.name, options.port)
             if options.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter(str(options.run_dir / "tensorboard"), purge_step=start_step + 1)
+                self.writer = tensorboard_writer(options.run_dir / "tensorboard", start_step + 1)
 
     def __enter__(self) -> "Tracker":
         if self.ranks.first and CONSOLE.is_terminal:
@@ -164,9 +164,16 @@ class Tracker:
                 self.dashboard.picture(window, picture)
 
     def record(self, event: str, epoch: int, **values: Any) -> None:
-        """Append one line to metrics.jsonl."""
-        if self.file is not None:
-            self.file.write(json.dumps({"event": event, "epoch": epoch, "step": self.step} | values) + "\n")
+        """Append one line to metrics.jsonl. Raises UserError if it can't be written."""
+        if self.file is None:
+            return
+        line = json.dumps({"event": event, "epoch": epoch, "step": self.step} | values) + "\n"
+        try:
+            self.file.write(line.encode())
+        except OSError as error:
+            raise UserError(
+                f"can't write {self.file.name} ({error.strerror}); make room and go on by --resume"
+            ) from error
 
     def say(self, text: str) -> None:
         """A line that stays on the screen."""
@@ -186,18 +193,6 @@ class Tracker:
         elif self.ranks.first and now - self.last_line > self.LINE_SECONDS:
             self.last_line = now
             print(text, file=sys.stderr, flush=True)
-
-
-def _records_until(text: str, step: int) -> str:
-    """The lines of metrics.jsonl up to a step, without the one that a kill cut off."""
-    kept = []
-    for line in text.splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    return "".join(kept)
 
 
 def _duration(seconds: float) -> str:
