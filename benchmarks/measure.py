@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 
+from models.info import resident_memory
+
 Run = Callable[[], object]
 Pair = tuple[tuple[float, ...], tuple[float, ...]]  # every repetition of ours, and of theirs
 
@@ -103,7 +105,7 @@ def _build(build: Callable[[Sizes], Run], sizes: Sizes, threads: int) -> None:
     torch.set_num_threads(threads)
     build(QUICK)()  # loads the libraries' code, which is nobody's share
     gc.collect()
-    _before = _resident("VmRSS")
+    _before = resident_memory("VmRSS")
     _run = build(sizes)
 
 
@@ -112,15 +114,8 @@ def _call() -> None:
 
 
 def _growth() -> tuple[float, ...]:
-    peak = _resident("VmHWM")
+    peak = resident_memory("VmHWM")
     return () if _before is None or peak is None else (peak - _before,)
-
-
-def _resident(key: str) -> int | None:
-    """Bytes; VmRSS is the present size, VmHWM the highest so far."""
-    status = Path("/proc/self/status")
-    found = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else None
 
 
 def machine() -> dict[str, Any]:

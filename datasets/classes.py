@@ -4,15 +4,32 @@ Nothing outside this file knows how many classes there are: a network has `num_o
 the last of which stands for "ignore", as in the published code.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from cli import UserError
+
 Encoding = Literal["train_ids", "label_ids"]
 
 UNEXPECTED = 255
 """What `Classes.table` gives for a value that must not occur in a label file."""
+
+VOID = {"ignore", "ignored", "void", "unlabeled", "unlabelled", "background"}
+"""What others call an output beyond the classes."""
+
+
+def named(names: Sequence[str] | None) -> bool:
+    """Whether these names say anything: `LABEL_0`, which transformers gives, and our `class 0` don't."""
+    return bool(names) and not any(re.fullmatch(r"(label|class)[ _]?\d+", name, re.IGNORECASE) for name in names or ())
+
+
+def plain(name: str) -> str:
+    """A name as it is compared: `Traffic_Light` is `traffic light`."""
+    return re.sub(r"[\s_-]+", "", name).lower()
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +58,36 @@ class Classes:
     @property
     def num_outputs(self) -> int:
         return len(self.names) + 1
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return (*self.names, "ignore")
+
+    def order(self, names: Sequence[str]) -> list[int] | None:
+        """Where the outputs of a network with these class names stand by our train ids; None for other classes.
+
+        An output beyond the classes must be called as one of `VOID`, and comes last.
+        """
+        places = {plain(name): i for i, name in enumerate(names)}
+        wanted = [plain(name) for name in self.names]
+        beyond = places.keys() - set(wanted)
+        if len(places) < len(names) or not places.keys() >= set(wanted) or len(beyond) > 1 or not beyond <= VOID:
+            return None
+        return [places[name] for name in (*wanted, *beyond)]
+
+    def require(self, source: object, outputs: int, names: Sequence[str] | None) -> None:
+        """Refuse a network, from `source`, whose outputs are not these classes, with or without "ignore".
+
+        Raises:
+            UserError: another number of outputs; or `names`, as far as they are known, are of other classes.
+        """
+        what = None
+        if outputs not in (self.num_classes, self.num_outputs):
+            what = f"{outputs} classes, {self.name} has {self.num_classes}"
+        elif names and named(names) and self.order(names) is None:
+            what = f"other classes than {self.name}'s ({', '.join(names[:3])} …)"
+        if what:
+            raise UserError(f"{source} predicts {what}; use weights trained on these classes, or their data set")
 
     def table(self, encoding: Encoding) -> np.ndarray:
         """(256,) uint8: value in a label file -> train id, ignore, or `UNEXPECTED`.

@@ -95,12 +95,7 @@ def open_model_and_data(
         require_labels=require_labels,
     )
     model = load_model(weights).to(device)
-    outputs, classes = model.num_classes, data.classes
-    if outputs not in (classes.num_classes, classes.num_outputs):
-        raise UserError(
-            f"{weights} predicts {outputs} classes, {classes.name} has {classes.num_classes}; "
-            "use weights trained on these classes"
-        )
+    data.classes.require(weights, model.num_classes, model.class_names)
     return model, data, weights, device
 
 

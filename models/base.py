@@ -31,6 +31,7 @@ class SegmentationModel(nn.Module):
     name: str
     num_classes: int
     channels: tuple[int, ...]  # C_1..C_4
+    class_names: tuple[str, ...] | None = None  # of every output, where the weights tell them
     normalisation: Normalisation | None = None  # what weights trained elsewhere expect; the paper's models take none
 
     def encode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

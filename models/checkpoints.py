@@ -4,11 +4,12 @@ Nothing is ever unpickled but tensors: `.safetensors`, or `torch.load(..., weigh
 """
 
 import json
+import pickle
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cli import UserError, writing
+from datasets import LAYOUTS
+from datasets.classes import named
 from models import lvt, pvtv2, segformer
 from models.base import Normalisation, SegmentationModel
 from models.factory import MODELS, create_model
@@ -43,6 +46,8 @@ ENCODERS: tuple[tuple[Mapping[str, Any], str, str], ...] = (
     (pvtv2.CONFIGS, "backbone.block{i}", "backbone.patch_embed{i}"),
     (lvt.CONFIGS, "backbone.{from_0}.1", "backbone.{from_0}.0"),
 )
+# What training tells `save_model`, and exports rely on.
+FACTS: dict[str, Any] = {"method": str, "dataset": str, "step": int, "mean_iou": int | float}
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")  # the weights of a folder
 
 
@@ -50,18 +55,18 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
     """A checkpoint's tensors, and what it tells about them.
 
     The metadata are those of our safetensors files. Of other files they have at most `normalisation`, in the same
-    form, from our training's checkpoints, and `config`, the text in which mmsegmentation keeps its own.
+    form, from our training's checkpoints; and mmsegmentation's `class_names`, in the same form, and `config`, a text.
 
     A folder is taken for one that Hugging Face's `save_pretrained` wrote, or `models.export` for mmsegmentation.
 
     Raises:
         UserError: no such file, unreadable, or something in it is not a tensor.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path / FOLDER_FILES[0])
+    path = _file(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}; check the path, or see the model zoo in README.md")
+    if path.suffix == ".onnx":
+        raise UserError(f"{path} is for eval/predict.py alone; name the weights that it was exported from")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
@@ -77,6 +82,8 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
                 "if you trust it, save its state dict alone with the library that wrote it"
             ) from error
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        if isinstance(error, pickle.UnpicklingError):  # torch's text is a page on its own flags
+            reason = "it is no PyTorch checkpoint"
         raise UserError(f"{path} can't be read as weights ({reason}); fetch or save it again") from error
     metadata = _told(content)
     while isinstance(content, Mapping) and (inner := next((k for k in CONTAINERS if k in content), None)):
@@ -89,12 +96,41 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
     return dict(content), metadata
 
 
+def _file(path: Path | str) -> Path:
+    """The file that holds the weights of a file or folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return next((path / name for name in FOLDER_FILES if (path / name).is_file()), path / FOLDER_FILES[0])
+
+
+def read_facts(path: Path | str) -> dict[str, Any]:
+    """What `save_model` was told beside a network; empty for other files. The weights are not read."""
+    path = _file(path)
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("facts", "{}")
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        print(f"warning: the facts in {path} can't be understood and are left out ({text[:60]!r})", file=sys.stderr)
+        return {}
+    return {key: value for key, value in facts.items() if isinstance(value, FACTS.get(key, object))}
+
+
 def _told(content: object) -> dict[str, str]:
     """What a checkpoint has to say beside its weights, as strings."""
     told = content if isinstance(content, Mapping) else {}
     meta = told.get("meta")
-    config = meta.get("cfg", meta.get("config")) if isinstance(meta, Mapping) else None  # mmsegmentation 1.x, 0.x
+    meta = meta if isinstance(meta, Mapping) else {}
+    config, dataset = meta.get("cfg", meta.get("config")), meta.get("dataset_meta")  # mmsegmentation 1.x, 0.x
+    names = dataset.get("classes") if isinstance(dataset, Mapping) else meta.get("CLASSES")
     found = {"normalisation": told.get("normalisation"), "config": config}
+    if isinstance(names, list | tuple):
+        found["class_names"] = json.dumps([str(name) for name in names])
     return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
@@ -110,33 +146,79 @@ def strip_wrappers(state: State) -> State:
     return student | others
 
 
-def read_network(path: Path | str) -> tuple[State, Normalisation | None]:
-    """The bare network of any recognised checkpoint, under our names, and how its input must be normalised.
+class Told(NamedTuple):
+    """What a checkpoint tells about its network."""
+
+    normalisation: Normalisation | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def to(self, model: SegmentationModel) -> None:
+        model.normalisation, model.class_names = self
+
+
+def read_network(path: Path | str) -> tuple[State, Told]:
+    """The bare network of any recognised checkpoint, under our names and with our order of classes; what it tells.
 
     The normalisation is in our own files under that name, as JSON; in the `preprocessor_config.json` beside Hugging
     Face's; in the configuration inside mmsegmentation's; and ImageNet's for those of its files that have none, and for
-    the releases of the SegFormer repository.
+    the releases of the SegFormer repository. Class names are in our own files' `class_names`, as JSON; in the
+    `config.json` beside Hugging Face's; and in the metadata of mmsegmentation's.
 
     Raises:
-        UserError: as `read_weights`.
+        UserError: as `read_weights`, or what is told can't be understood.
     """
     state, metadata = read_weights(path)
-    state = strip_wrappers(state)
+    state, normalisation, names = strip_wrappers(state), None, _told_names(path, metadata)
     if huggingface.matches(state):
-        return huggingface.from_huggingface(state), _huggingface_normalisation(Path(path))
-    if mmsegmentation.matches(state):
-        return mmsegmentation.from_mmseg(state), _mmseg_normalisation(metadata.get("config", ""))
-    if timm.matches(state):
-        return timm.from_timm(state), None
-    if any(key.startswith("decode_head.linear_pred.") for key in state):  # NVIDIA's SegFormer repository
+        state, normalisation = huggingface.from_huggingface(state), _huggingface_normalisation(Path(path))
+        names = _huggingface_names(Path(path))
+    elif mmsegmentation.matches(state):
+        state, normalisation = mmsegmentation.from_mmseg(state), _mmseg_normalisation(metadata.get("config", ""))
+    elif timm.matches(state):
+        state = timm.from_timm(state)
+    elif any(key.startswith("decode_head.linear_pred.") for key in state):  # NVIDIA's SegFormer repository
         bare = {key.removeprefix("backbone.").removeprefix("decode_head."): value for key, value in state.items()}
-        return {key: value for key, value in bare.items() if not key.startswith("conv_seg.")}, IMAGENET
-    if told := metadata.get("normalisation"):
+        state = {key: value for key, value in bare.items() if not key.startswith("conv_seg.")}
+        normalisation = IMAGENET
+    elif told := metadata.get("normalisation"):
         try:
-            return state, _normalisation(*json.loads(told))
+            normalisation = _normalisation(*json.loads(told))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} tells a normalisation that is none ({told[:120]}); save it again") from error
-    return state, None
+    state, class_names = in_our_order(state, names)
+    return state, Told(normalisation, class_names)
+
+
+def in_our_order(state: State, names: Sequence[str]) -> tuple[State, tuple[str, ...] | None]:
+    """The classifier's rows by the train ids of the data set that has these classes, and their names there.
+
+    Where no data set has them all stays as it is; None for names that say nothing or are not one for each output.
+    """
+    weight = next((key for key in CLASSIFIERS if key in state), None)
+    if weight is None or not named(names) or state[weight].shape[:1] != (len(names),):
+        return state, None
+    bias = weight.replace("weight", "bias")
+    for layout in LAYOUTS.values():
+        if order := layout.classes.order(names):
+            rows = {k: v[order] for k, v in state.items() if k in (weight, bias) and v.shape[:1] == (len(names),)}
+            return state | rows, layout.classes.output_names[: len(names)]
+    return state, tuple(names)
+
+
+def _told_names(path: Path | str, metadata: Mapping[str, str]) -> list[str]:
+    try:
+        return [name.strip() for name in json.loads(metadata.get("class_names", "[]"))]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} tells class names that are none ({error}); save it again") from error
+
+
+def _huggingface_names(path: Path) -> list[str]:
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        labels = json.loads(file.read_text()).get("id2label", {}) if file.is_file() else {}
+        return [str(labels[i]) for i in sorted(labels, key=int)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is no configuration that can be understood ({error}); mend or remove it") from error
 
 
 def _normalisation(mean: Sequence[float], std: Sequence[float]) -> Normalisation | None:
@@ -194,10 +276,12 @@ def recognise(state: State) -> str | None:
 def load_model(path: Path | str) -> SegmentationModel:
     """The bare network from any recognised checkpoint, distilled or not, in eval mode.
 
+    Where the weights name their classes, `class_names` does, and those of a data set of ours are in its order.
+
     Raises:
         UserError: unreadable, no model we know, without a decode head, or keys that do not fit (listed).
     """
-    state, normalisation = read_network(path)
+    state, told = read_network(path)
     name = recognise(state)
     if name is None:
         raise UserError(f"{path} holds no model that is known here ({_some(list(state))}); known: {', '.join(MODELS)}")
@@ -214,7 +298,7 @@ def load_model(path: Path | str) -> SegmentationModel:
     else:
         model = ReLUHeadSegFormer(name, num_classes, width=len(fusion))
     _load(model, state, path)
-    model.normalisation = normalisation
+    told.to(model)
     return model.eval()
 
 
@@ -224,9 +308,9 @@ def load_weights(model: SegmentationModel, path: Path | str) -> None:
     Raises:
         UserError: as `load_model`, or the file holds another model.
     """
-    state, normalisation = read_network(path)
+    state, told = read_network(path)
     _load(model, state, path)
-    model.normalisation = normalisation
+    told.to(model)
 
 
 def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
@@ -240,7 +324,7 @@ def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
     Raises:
         UserError: the encoder's keys do not fit.
     """
-    state, normalisation = read_network(path)
+    state, (normalisation, _) = read_network(path)
     whole = any(key in state for key in CLASSIFIERS)
     wanted = model.state_dict()
     if any(key.startswith(RELU_HEAD) and key not in wanted for key in state):
@@ -270,6 +354,8 @@ def save_model(model: SegmentationModel, path: Path, **facts: Any) -> None:
     }
     if model.normalisation is not None:
         metadata["normalisation"] = json.dumps(model.normalisation)
+    if model.class_names is not None:
+        metadata["class_names"] = json.dumps(model.class_names)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with writing(path) as aside:
         aside.write_bytes(save(state, metadata))

@@ -8,7 +8,8 @@
 
 FILE is any checkpoint that is recognised, distilled or not.
     onnx          one file: `images` (batch, 3, height, width), RGB in [0, 1], any batch and size, to `logits`
-                  (batch, classes, ceil(height/4), ceil(width/4)), or with --argmax to `classes` (batch, …) of uint8
+                  (batch, classes, ceil(height/4), ceil(width/4)), or with --argmax to `classes` (batch, …) of uint8,
+                  "ignore" never among them
     hf            a folder for SegformerForSemanticSegmentation.from_pretrained, with image processor and model card
     mmseg         a folder with checkpoint and configuration for mmsegmentation 1.x: for prediction, with a decode head
                   twice as wide, because mmsegmentation's has a ReLU on every stage
@@ -23,7 +24,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pprint import pformat
@@ -37,8 +38,9 @@ from torch import Tensor, nn
 import cli
 from cli import UserError
 from datasets import find_layout
+from datasets.classes import Classes
 from models.base import SegmentationModel
-from models.checkpoints import NO_NORMALISATION, load_model, read_weights, save_model
+from models.checkpoints import NO_NORMALISATION, load_model, read_facts, save_model
 from models.layouts.huggingface import huggingface_shape, to_huggingface
 from models.layouts.mmsegmentation import to_mmseg
 from models.model_card import model_card, read_run
@@ -46,6 +48,7 @@ from models.segformer import CONFIGS, SegFormer
 
 Network = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, C, h, w), or classes (B, h, w)
 
+MIN_HEIGHT = 64  # stage 4 then has two rows
 SIZES = ((2, 3, 64, 96), (1, 3, 97, 131))  # on which an export must agree with ours
 EXTRA = "pip install -r requirements-export.txt"
 
@@ -83,12 +86,32 @@ class Export:
         return self.options.height or self.recipe.get("height") or 512
 
     @property
+    def classes(self) -> Classes | None:
+        """The data set's, if it is known and these are the network's."""
+        with suppress(UserError):
+            classes = find_layout(self.facts.get("dataset", "cityscapes")).classes
+            classes.require(self.options.weights, self.model.num_classes, self.model.class_names)
+            return classes
+        return None
+
+    @property
     def class_names(self) -> list[str]:
-        """Of every output; `ignore` last where the network has it."""
-        outputs, classes = self.model.num_classes, find_layout(self.facts.get("dataset", "cityscapes")).classes
-        if outputs in (classes.num_classes, classes.num_outputs):
-            return [*classes.names, "ignore"][:outputs]
-        return [f"class {i}" for i in range(outputs)]
+        """Of every output; `ignore` last where the network has it, as all do that were trained here."""
+        outputs = self.model.num_classes
+        if self.classes:
+            return list(self.classes.output_names[:outputs])
+        if self.model.class_names:
+            return list(self.model.class_names)
+        names = [f"class {i}" for i in range(outputs)]
+        return [*names[:-1], "ignore"] if "dataset" in self.facts else names
+
+    @property
+    def network(self) -> "Logits":
+        """What is exported, as a function."""
+        if not self.options.argmax:
+            return Logits(self.model)
+        names = self.class_names
+        return ClassMap(self.model, len(names) - (names[-1] == "ignore"))
 
     @property
     def parameters(self) -> int:
@@ -100,6 +123,10 @@ def main(options: Options) -> None:
         raise UserError(f"--argmax is for onnx; {options.format} holds weights, not a graph")
     if (endings := ENDINGS.get(options.format)) and options.output.suffix not in endings:
         raise UserError(f"--output {options.output} must end in {' or '.join(endings)} for --format {options.format}")
+    if options.height is not None and options.format not in FOLDERS:
+        raise UserError(f"--height is for hf and mmseg; {options.format} takes images of any size")
+    if options.height is not None and options.height < MIN_HEIGHT:
+        raise UserError(f"--height is {options.height}; the network's four stages need at least {MIN_HEIGHT}")
     model = load_model(options.weights)
     if options.format in FOLDERS and model.name not in CONFIGS:
         raise UserError(
@@ -109,14 +136,13 @@ def main(options: Options) -> None:
         raise UserError(
             f"transformers can't hold mmsegmentation's decode head of {options.weights}; choose mmseg or onnx"
         )
-    _, metadata = read_weights(options.weights)
-    facts = json.loads(metadata.get("facts", "{}"))
+    facts = read_facts(options.weights)
     export = Export(model, facts, options, *read_run(options.weights, facts))
     write, reload = FORMATS[options.format]
     with placing(options.output, folder=options.format in FOLDERS) as aside:
         try:
             write(export, aside)
-            found = difference(ClassMap(model) if options.argmax else Logits(model), reload(aside))
+            found = difference(export.network, reload(aside))
         except ImportError as error:
             raise UserError(f"--format {options.format} needs {error.name}; {EXTRA}") from error
         if not found < TOLERANCE[options.format]:
@@ -139,10 +165,14 @@ class Logits(nn.Module):
 
 
 class ClassMap(Logits):
-    """A model of ours as a function from images to the likeliest classes."""
+    """A model of ours as a function from images to the likeliest of its first `num_classes` classes."""
+
+    def __init__(self, model: SegmentationModel, num_classes: int) -> None:
+        super().__init__(model)
+        self.num_classes = num_classes
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images).argmax(1).to(torch.uint8)
+        return super().forward(images)[:, : self.num_classes].argmax(1).to(torch.uint8)
 
 
 @torch.no_grad()
@@ -204,19 +234,17 @@ def reload_weights(path: Path) -> Network:
 
 def write_onnx(export: Export, path: Path) -> None:
     """One file with dynamic batch, height and width; class names in its metadata."""
-    argmax = export.options.argmax
-    network = (ClassMap if argmax else Logits)(export.model).eval()
     for chatter in ("torch.onnx", "onnxscript"):  # the one misses torchvision, the other tells what it leaves as it is
         logging.getLogger(chatter).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
         program = torch.onnx.export(
-            network,
+            export.network.eval(),
             (torch.rand(2, 3, 96, 160),),  # sizes that differ, and no 1: it would be taken for a constant
             dynamo=True,
             verbose=False,
             input_names=["images"],
-            output_names=["classes" if argmax else "logits"],
+            output_names=["classes" if export.options.argmax else "logits"],
             dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}},
         )
     assert program is not None  # for dynamo=True it is an ONNXProgram
@@ -311,10 +339,9 @@ def write_mmseg(export: Export, folder: Path) -> None:
     text = f'"""{export.model.name} from TransKD for mmsegmentation 1.x."""\n\n'
     text += "".join(f"{name} = {pformat(value, width=100, sort_dicts=False)}\n" for name, value in config.items())
     (folder / "config.py").write_text(text)
-    classes = find_layout(export.facts.get("dataset", "cityscapes")).classes
     meta: dict[str, Any] = {"cfg": text, "facts": export.facts, "dataset_meta": {"classes": export.class_names}}
-    if export.model.num_classes <= classes.num_outputs:
-        meta["dataset_meta"]["palette"] = classes.palette[: export.model.num_classes].tolist()
+    if export.classes:
+        meta["dataset_meta"]["palette"] = export.classes.palette[: export.model.num_classes].tolist()
     torch.save({"meta": meta, "state_dict": state}, folder / "checkpoint.pth")
 
 

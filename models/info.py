@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -210,10 +210,15 @@ def _peak_memory(device: torch.device) -> int | None:
     """Bytes, the highest so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return resident_memory("VmHWM")
+
+
+def resident_memory(key: Literal["VmRSS", "VmHWM"]) -> int | None:
+    """Bytes of this process: VmRSS now, VmHWM the highest so far; None but on Linux."""
     # Not getrusage: on Linux its peak is inherited from the process that started this one.
     status = Path("/proc/self/status")
-    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(peak[1]) * 1024 if peak else None
+    found = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 @dataclass

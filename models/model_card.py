@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 CARD = """\
 # {title}
 
-{model} with {classes} outputs, {parameters:.2f} M parameters, for semantic segmentation{training}.
+{model} with {classes} outputs, {parameters:.2f} M parameters, for semantic segmentation{dataset}.
 {method}
 
 ```python
@@ -50,6 +50,11 @@ RECIPE = (
     *("subset_every", "student_pretrained", "embed", "embed_weights", "knowledge_distillation_loss"),
 )
 """Options of a run that belong on its card. Paths don't: they are nobody's business."""
+OF_TEACHING = ("teacher_model", "embed", "embed_weights", "knowledge_distillation_loss")
+"""Those that a run without a teacher has in vain."""
+ALONE = ("teacher", "student")  # the methods without a teacher
+PAPERS = ("TransKDBase", "TransKD_GL", "TransKD_EA", "transkd_base", "transkd_gl", "transkd_ea")
+PAPER = "TransKD (Liu et al., arXiv 2202.13393)"
 
 
 def model_card(export: "Export") -> str:
@@ -58,7 +63,8 @@ def model_card(export: "Export") -> str:
 
     facts, model = export.facts, export.model
     method, dataset, score = facts.get("method"), facts.get("dataset"), facts.get("mean_iou")
-    title = f"{model.name}, {method or 'TransKD'}"
+    taught = method is not None and method not in ALONE
+    title = f"{model.name}, {method}" if method else model.name
     results = None
     if dataset and score is not None:
         results = [
@@ -80,25 +86,33 @@ def model_card(export: "Export") -> str:
         datasets=[dataset.lower()] if dataset else None,
         metrics=["mean_iou"] if results else None,
         eval_results=results,
-        tags=["segformer", "semantic-segmentation", "knowledge-distillation", "transkd"],
+        tags=["segformer", "semantic-segmentation", *(["knowledge-distillation", "transkd"] if taught else [])],
     )
-    distilled = "teacher_model" in export.recipe or (method is not None and method.startswith("TransKD"))
     card = CARD.format(
         title=title,
         model=model.name,
         classes=model.num_classes,
         parameters=export.parameters / 1e6,
-        training=f", trained on {dataset}" if dataset else "",
-        method=f"Trained by {method} of TransKD (Liu et al., arXiv 2202.13393); only the student is here."
-        if distilled
-        else "Exported from a PyTorch implementation of TransKD (Liu et al., arXiv 2202.13393).",
+        dataset=f", trained on {dataset}" if dataset else "",
+        method=training(method),
         height=export.height,
         input="scaled to [0, 1]" + (", then normalised" if model.normalisation else ", not normalised"),
         labels="the last one is `ignore`" if export.class_names[-1] == "ignore" else "one for each class",
         result=result_section(facts, export.record),
-        recipe=recipe_section(export.recipe, export.record),
+        recipe=recipe_section(export.recipe, export.record, taught),
     )
     return f"---\n{header.to_yaml()}\n---\n\n{card}"
+
+
+def training(method: str | None) -> str:
+    """Who taught the network, if anyone did."""
+    if method is None:
+        return f"Exported from a PyTorch implementation of {PAPER}."
+    if method in ALONE:
+        return f"Trained without a teacher (method {method}), by a PyTorch implementation of {PAPER}."
+    if method in PAPERS:
+        return f"Distilled by {method} of {PAPER}; only the student is here."
+    return f"Distilled by {method}, in a PyTorch implementation of {PAPER}; only the student is here."
 
 
 def read_run(weights: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -127,10 +141,11 @@ def result_section(facts: dict[str, Any], record: list[dict[str, Any]]) -> str:
     return f"{text}\nOf the classes that occur there:\n\n| class | IoU in % |\n|---|---|\n{rows}"
 
 
-def recipe_section(options: dict[str, Any], record: list[dict[str, Any]]) -> str:
+def recipe_section(options: dict[str, Any], record: list[dict[str, Any]], taught: bool) -> str:
     if not options:
         return "Nothing is recorded beside these weights."
-    text = ", ".join(f"{key} {options[key]}" for key in RECIPE if options.get(key) is not None)
+    keys = [key for key in RECIPE if options.get(key) is not None and (taught or key not in OF_TEACHING)]
+    text = ", ".join(f"{key} {options[key]}" for key in keys)
     started = [event for event in record if event.get("event") == "start"]
     if not started:
         return f"Options: {text}."

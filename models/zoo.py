@@ -1,15 +1,18 @@
 """The public weights: which there are, and a download that puts them where the scripts look for them.
 
-    python -m models.zoo list
+    python -m models.zoo list [NAME …]
     python -m models.zoo download mit_b2 segformerb2_teacher_cityscapes
     python -m models.zoo download segformerb0_TransKD_EA_acdc --to DIR
 
-A broken download goes on where it stopped when the command is given again. A file takes its name only after it was
-read and found to hold the very network that it should. Needs `pip install gdown==6.5.1`.
+A broken download goes on where it stopped when the command is given again, or from the start where the server can't do
+that. A file takes its name only after it was read and found to hold the very network that it should. Needs
+`pip install gdown==6.5.1`.
 """
 
 import difflib
+import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,6 +32,8 @@ DRIVE = "https://drive.google.com/"
 MIT_FOLDER = f"{DRIVE}drive/folders/1b7bwrInTW4VLEm27YawHOAMSMikga2Ia"
 RELEASE_FOLDER = f"{DRIVE}drive/folders/1vHRH3nUCdKVSrOe_VX_L9GrcJNytmUAj"
 RETRIES, TIMEOUT = 1, 30.0  # of one command; seconds without a byte
+# What gdown says when it can't go on with the part of a file that is there.
+STUCK = ("byte range", "multiple temporary files", "416")
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,17 @@ class Weights:
     def name(self) -> str:
         return Path(self.file).stem
 
+    @property
+    def is_encoder(self) -> bool:
+        return self.file.startswith("ckpt_pretrained/")
+
     def check(self, path: Path) -> None:
         """Read it.
 
         Raises:
             UserError: it is damaged, or not the network that it should be.
         """
-        if self.file.startswith("ckpt_pretrained/"):
+        if self.is_encoder:
             load_backbone(create_model(self.model), path)
             return
         model = load_model(path)
@@ -67,7 +76,7 @@ def _zoo() -> dict[str, Weights]:
         Weights(
             f"ckpt_pretrained/mit_b{i}.pth",
             f"segformer_b{i}",
-            "ImageNet, encoder",
+            "ImageNet encoder",
             f"https://huggingface.co/nvidia/mit-b{i}/resolve/main/pytorch_model.bin",
             MIT_FOLDER,
         )
@@ -77,7 +86,7 @@ def _zoo() -> dict[str, Weights]:
         Weights(
             f"ckpt_pretrained/pvt_v2_b{i}.pth",
             f"pvt_v2_b{i}",
-            "ImageNet, encoder",
+            "ImageNet encoder",
             f"https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b{i}.pth",
             "https://github.com/whai362/PVT/releases/tag/v2",
         )
@@ -112,7 +121,7 @@ class Options:
     action: Annotated[Literal["list", "download"], tyro.conf.Positional]
     """What to do."""
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """download: which, by the names that `list` shows."""
+    """Which, by the names that `list` shows; `list` itself shows all without."""
     to: Path | None = None
     """download: the folder to put them in. Default: ckpt_pretrained/ and outputs/, where the scripts look."""
     mirror: str | None = None
@@ -121,28 +130,33 @@ class Options:
 
 def main(options: Options) -> None:
     if options.action == "list":
-        Console().print(table())
+        Console().print(table([find(name) for name in options.names] or ZOO.values()))
         return
+    if options.mirror is not None and not re.match(r"https?://[^/]", options.mirror):
+        raise UserError(f"--mirror {options.mirror} is no URL; give one such as https://HOST/FOLDER")
     if not options.names:
         raise UserError("name what to download; `python -m models.zoo list` shows the names")
     for weights in [find(name) for name in options.names]:
         path = ROOT / weights.file if options.to is None else options.to / Path(weights.file).name
         url = weights.url if options.mirror is None else f"{options.mirror.rstrip('/')}/{Path(weights.file).name}"
         if path.exists():
-            weights.check(path)
+            try:
+                weights.check(path)
+            except UserError as error:
+                raise UserError(f"{path} is there already but not right ({error}); remove it and try again") from error
             print(f"{path} is there already")
             continue
         download(weights, url, path)
         print(f"{path}: {weights.model}, {weights.what}, {path.stat().st_size / 1e6:.1f} MB")
 
 
-def table() -> Table:
+def table(entries: Iterable[Weights]) -> Table:
     """One row a file."""
     result = Table(caption="MiT's weights, and what was trained from them, are for research alone")
     for column in ("name", "holds", "here"):
         result.add_column(column, no_wrap=True)
-    for weights in ZOO.values():
-        holds = weights.model + (", ImageNet encoder" if weights.file.startswith("ckpt_pretrained/") else "")
+    for weights in entries:
+        holds = weights.model + (f", {weights.what}" if weights.is_encoder else "")
         result.add_row(weights.name, holds, "yes" if (ROOT / weights.file).exists() else "")
     return result
 
@@ -168,13 +182,24 @@ def download(weights: Weights, url: str, path: Path) -> None:
     except ImportError as error:
         raise UserError(f"downloading needs gdown; pip install gdown==6.5.1, or save {weights.page} by hand") from error
     aside = path.with_name(f".{path.name}.download")
+
+    def fetch() -> None:
+        gdown.download(
+            url, str(aside), resume=True, retries=RETRIES, timeout=TIMEOUT, log_messages={"start": "", "output": ""}
+        )
+
     by_hand = f"try again, or open {weights.page} in a browser and save the file as {path}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"{weights.name} from {url}", file=sys.stderr)
-        gdown.download(
-            url, str(aside), resume=True, retries=RETRIES, timeout=TIMEOUT, log_messages={"start": "", "output": ""}
-        )
+        try:
+            fetch()
+        except (gdown.exceptions.DownloadError, requests.RequestException) as error:
+            if not any(reason in str(error) for reason in STUCK):
+                raise
+            for part in path.parent.glob(f"{aside.name}*.part"):
+                part.unlink()
+            fetch()
     except (gdown.exceptions.DownloadError, requests.RequestException) as error:
         reason = " ".join(str(error).split())
         if isinstance(error.__cause__ or error, requests.ConnectionError):

@@ -193,6 +193,15 @@ def test_what_is_no_network_is_refused(content: object, says: str, tmp_path: Pat
     assert says in refusal(load_model, path)
 
 
+def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "page.pth").write_text("<html>")
+    assert "page.pth can't be read as weights (it is no PyTorch checkpoint);" in refusal(
+        load_model, tmp_path / "page.pth"
+    )
+    (tmp_path / "student.onnx").write_bytes(b"\x08")
+    assert "student.onnx is for eval/predict.py alone" in refusal(load_model, tmp_path / "student.onnx")
+
+
 def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
     assert "no weights at" in refusal(load_model, tmp_path / "nothing.pth")
     save_file({}, tmp_path / "empty.safetensors")

@@ -18,9 +18,11 @@ from cli import UserError
 from datasets.classes import CITYSCAPES
 from datasets.transforms import resize_image, to_float
 from models import SegFormer, create_model, load_backbone, load_model, load_weights, save_model
-from models.checkpoints import IMAGENET
-from models.export import Options, main
+from models.checkpoints import IMAGENET, read_facts
+from models.export import Export, Options, main
 from models.layouts.huggingface import to_huggingface
+from models.layouts.mmsegmentation import to_mmseg
+from models.model_card import model_card, read_run
 from tests.conftest import Command
 from tests.golden_data import seed
 from tests.test_peers import huggingface_config, randomise, with_segformers_eps
@@ -119,6 +121,44 @@ def test_model_card(weights: Path, tmp_path: Path) -> None:
     assert "58.91 % mIoU" in text and "Nothing is recorded beside these weights" in text and "lr" not in text
 
 
+@pytest.mark.parametrize(
+    ("method", "says", "taught"),
+    [
+        ("teacher", "Trained without a teacher (method teacher)", False),
+        ("student", "Trained without a teacher (method student)", False),
+        ("reviewkd", "Distilled by reviewkd, in a PyTorch", True),
+        ("TransKD_GL", "Distilled by TransKD_GL of TransKD", True),
+    ],
+)
+def test_a_card_names_a_teacher_where_there_was_one(
+    method: str, says: str, taught: bool, network: SegFormer, tmp_path: Path
+) -> None:
+    save_model(network, tmp_path / "w.safetensors", method=method, dataset="cityscapes")
+    weights = beside(tmp_path / "w.safetensors", method=method, dataset="cityscapes", embed=5)
+    facts = read_facts(weights)
+    options = Options(weights=weights, format="hf", output=tmp_path)
+    card = model_card(Export(network, facts, options, *read_run(weights, facts)))
+    assert says in card and "lr 6e-05" in card
+    for word in ("only the student is here", "teacher_model", "embed 5", "knowledge-distillation"):
+        assert (word in card) == taught, word
+
+
+def test_facts_that_are_none_stop_nothing(
+    network: SegFormer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Damaged, of other types, or of a data set that is known elsewhere."""
+    path, options = tmp_path / "w.safetensors", Options(weights=tmp_path, format="onnx", output=tmp_path)
+    for facts in ("{", "[1]", '"x"'):
+        save_file(network.state_dict(), path, {"facts": facts})
+        assert read_facts(path) == {}
+        assert "can't be understood" in capsys.readouterr().err
+    save_file(network.state_dict(), path, {"facts": '{"dataset": 3, "mean_iou": "good", "step": 7}'})
+    assert read_facts(path) == {"step": 7}
+    save_model(network, path, dataset="mine")
+    names = Export(network, read_facts(path), options, {}, []).class_names
+    assert (names[:2], names[-1], len(names)) == (["class 0", "class 1"], "ignore", 20)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "argmax"), [("segformer_b0", False), ("pvt_v2_b0", True), ("lvt", False)])
 def test_onnx(name: str, argmax: bool, tmp_path: Path) -> None:
@@ -126,6 +166,8 @@ def test_onnx(name: str, argmax: bool, tmp_path: Path) -> None:
     import onnxruntime
 
     network, path = seed(create_model(name)).eval(), tmp_path / "student.onnx"
+    if argmax:  # "ignore" is the likeliest everywhere, and no answer
+        network.get_parameter("head.conv_seg.bias").data[-1] += 1e6
     save_model(network, tmp_path / "w.safetensors")
     main(Options(weights=tmp_path / "w.safetensors", format="onnx", output=path, argmax=argmax))
     assert {file.name for file in tmp_path.iterdir()} == {"student.onnx", "w.safetensors"}  # weights inside
@@ -137,7 +179,7 @@ def test_onnx(name: str, argmax: bool, tmp_path: Path) -> None:
         (actual,) = session.run(None, {"images": images.numpy()})
         if argmax:
             assert actual.dtype == np.uint8
-            np.testing.assert_array_equal(actual, expected.argmax(1))
+            np.testing.assert_array_equal(actual, expected[:, :19].argmax(1))
         else:
             np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
@@ -180,6 +222,8 @@ def test_a_wrong_export_is_not_written(weights: Path, tmp_path: Path, monkeypatc
     [
         ({"format": "torch", "argmax": True}, "--argmax is for onnx"),
         ({"format": "onnx"}, "must end in .onnx"),
+        ({"format": "onnx", "output": Path("s.onnx"), "height": 512}, "--height is for hf and mmseg"),
+        ({"format": "hf", "height": -5}, "--height is -5"),
         ({"format": "safetensors"}, "must end in .safetensors"),
         ({"format": "hf", "weights": Path("nowhere")}, "nowhere"),
     ],
@@ -210,8 +254,8 @@ def test_their_preprocessing_is_honoured(foreign: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(ours(model, 64), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(ours(seed_free(model), 64), expected, rtol=1e-2)
 
-    for output, kind in ((tmp_path / "w.safetensors", "safetensors"), (tmp_path / "hf", "hf")):
-        main(Options(weights=foreign / "model.safetensors", format=kind, output=output, height=64))
+    for output, kind, height in ((tmp_path / "w.safetensors", "safetensors", None), (tmp_path / "hf", "hf", 64)):
+        main(Options(weights=foreign / "model.safetensors", format=kind, output=output, height=height))
         assert torch.equal(ours(load_model(output), 64), ours(model, 64))
     torch.testing.assert_close(theirs(tmp_path / "hf"), expected)
     with pytest.raises(UserError, match="use safetensors"):
@@ -229,6 +273,71 @@ def seed_free(model: SegFormer) -> SegFormer:
     bare = create_model(model.name, model.num_classes).eval()
     bare.load_state_dict(model.state_dict())
     return bare
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected", "order"),
+    [
+        (
+            ["void", *(n.title().replace(" ", "_") for n in CITYSCAPES.names)],
+            CITYSCAPES.output_names,
+            [*range(1, 20), 0],
+        ),
+        (CITYSCAPES.names[::-1], CITYSCAPES.names, range(18, -1, -1)),
+        ([*CITYSCAPES.names[:-1], "tree"], (*CITYSCAPES.names[:-1], "tree"), range(19)),
+        ([*CITYSCAPES.names, "tree"], (*CITYSCAPES.names, "tree"), range(20)),
+        ([f"LABEL_{i}" for i in range(19)], None, range(19)),
+        (["road"], None, range(19)),
+    ],
+    ids=["void first", "reversed", "another", "one more", "placeholders", "too few"],
+)
+@pytest.mark.parametrize("where", ["hf", "1.x", "0.x"])
+def test_classes_come_in_our_order(
+    where: str, theirs: list[str], expected: tuple[str, ...] | None, order: list[int], tmp_path: Path
+) -> None:
+    """By their names, in Hugging Face's configuration and mmsegmentation's metadata; ours keep them."""
+    network = seed(create_model("segformer_b0", len(order))).eval()
+    if where == "hf":
+        path = tmp_path
+        save_file(to_huggingface(network.state_dict()), path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps({"id2label": dict(enumerate(theirs))}))
+    else:
+        path = tmp_path / "w.pth"
+        meta = {"CLASSES": tuple(theirs)} if where == "0.x" else {"dataset_meta": {"classes": theirs}}
+        torch.save({"meta": meta, "state_dict": to_mmseg(network.state_dict())}, path)
+    model = load_model(path)
+    assert model.class_names == expected
+    seen = model.normalisation(IMAGES) if model.normalisation else IMAGES
+    torch.testing.assert_close(logits(model, IMAGES), logits(network, seen)[:, list(order)], rtol=1e-3, atol=1e-4)
+    save_model(model, tmp_path / "ours.safetensors")
+    ours = load_model(tmp_path / "ours.safetensors")
+    assert ours.class_names == expected
+    assert all(torch.equal(value, ours.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_other_classes_are_refused_where_they_are_known() -> None:
+    CITYSCAPES.require("w", 20, CITYSCAPES.output_names)
+    for names in (None, ["class 0"] * 19):
+        CITYSCAPES.require("w", 19, names)
+    for outputs, names, says in (
+        (19, [*CITYSCAPES.names[:-1], "tree"], r"other classes than Cityscapes's \(road, sidewalk, building …\)"),
+        (20, [*CITYSCAPES.names, "tree"], "other classes"),
+        (21, None, "21 classes, Cityscapes has 19"),
+    ):
+        with pytest.raises(UserError, match=f"w predicts {says}"):
+            CITYSCAPES.require("w", outputs, names)
+
+
+def test_configurations_that_are_none(foreign: Path, tmp_path: Path) -> None:
+    shutil.copy(foreign / "model.safetensors", tmp_path)
+    for damaged in ("{", "[]", '{"id2label": 3}', '{"id2label": {"a": "road"}}'):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"config\.json is no configuration"):
+            load_model(tmp_path)
+    for damaged in ("{", "[1]", "3"):
+        save_file({"head.weight": torch.zeros(2)}, tmp_path / "w.safetensors", {"class_names": damaged})
+        with pytest.raises(UserError, match="tells class names that are none"):
+            load_model(tmp_path / "w.safetensors")
 
 
 def test_processors_of_other_kinds(foreign: Path, tmp_path: Path) -> None:

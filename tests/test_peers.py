@@ -14,7 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import SegformerConfig, SegformerForImageClassification, SegformerForSemanticSegmentation
+from transformers import (
+    SegformerConfig,
+    SegformerForImageClassification,
+    SegformerForSemanticSegmentation,
+    SegformerModel,
+)
 
 from cli import UserError
 from models import create_model, load_backbone, load_model
@@ -100,8 +105,9 @@ def test_eps_is_the_only_difference(tmp_path: Path) -> None:
     assert difference(ours, with_segformers_eps(theirs), SIZES[0], torch.float64) < 1e-13
 
 
-def test_imagenet_encoder_of_huggingface_starts_a_backbone(tmp_path: Path) -> None:
-    theirs = randomise(SegformerForImageClassification(huggingface_config("segformer_b0", 1000)))
+@pytest.mark.parametrize("kind", [SegformerForImageClassification, SegformerModel])
+def test_encoders_of_huggingface_start_a_backbone(kind: type, tmp_path: Path) -> None:
+    theirs = randomise(kind(huggingface_config("segformer_b0", 1000)))
     theirs.save_pretrained(tmp_path)
     ours = create_model("segformer_b0")
     head = ours.linear_pred.weight.clone()
@@ -109,7 +115,7 @@ def test_imagenet_encoder_of_huggingface_starts_a_backbone(tmp_path: Path) -> No
     assert torch.equal(ours.linear_pred.weight, head)
     images = torch.rand(SIZES[1])
     with torch.no_grad():
-        expected = with_segformers_eps(theirs).segformer(images).last_hidden_state
+        expected = getattr(with_segformers_eps(theirs), "segformer", theirs)(images).last_hidden_state
         actual = ours.eval()(images, logits=False).features[-1]
     assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
     with pytest.raises(UserError, match="without a decode head"):

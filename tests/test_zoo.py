@@ -28,6 +28,7 @@ class Server(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.breaks: dict[str, int] = {}
         self.asked: list[tuple[str, int]] = []  # file, first byte
+        self.ranges = True
 
     @property
     def url(self) -> str:
@@ -46,6 +47,11 @@ class Handler(BaseHTTPRequestHandler):
         asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
         self.server.asked.append((name, start))
+        if not self.server.ranges:
+            asked, start = None, 0
+        if start >= len(content):
+            self.send_error(416)
+            return
         self.send_response(206 if asked else 200)
         self.send_header("Content-Length", str(len(content) - start))
         if asked:
@@ -104,6 +110,24 @@ def test_a_broken_download_goes_on(
     assert "is there already" in capsys.readouterr().out and len(server.asked) == count
 
 
+@pytest.mark.parametrize("kept", [[1000], [50_000_000], [5, 6]], ids=["no ranges", "too long", "twice"])
+def test_parts_of_no_use_are_fetched_anew(kept: list[int], server: Server, student: bytes, tmp_path: Path) -> None:
+    """The server ignores ranges, or what was kept is no beginning of the file."""
+    server.files[f"{STUDENT}.pth"], server.ranges = student, kept != [1000]
+    for i, size in enumerate(kept):
+        with (tmp_path / f".{STUDENT}.pth.download{i:08}.part").open("wb") as part:
+            part.truncate(size)
+    fetch(server, tmp_path, STUDENT)
+    assert [file.name for file in tmp_path.iterdir()] == [f"{STUDENT}.pth"]
+
+
+def test_a_damaged_file_that_is_there_is_named(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "mit_b0.pth").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"mit_b0\.pth is there already but not right .*; remove it"):
+        fetch(server, tmp_path, "mit_b0")
+    assert not server.asked
+
+
 def test_an_encoder_is_checked_as_one(server: Server, tmp_path: Path) -> None:
     """MiT as the hub has it: another library's names, and a classifier."""
     from models.layouts.huggingface import to_huggingface
@@ -151,6 +175,14 @@ def test_list_and_names(command: Command, capsys: pytest.CaptureFixture[str]) ->
     main(Options("list"))
     listed = capsys.readouterr().out
     assert all(name in listed for name in ZOO)
+    main(Options("list", ("mit_b2", "pvtv2b2_teacher_cityscapes.th")))
+    listed = capsys.readouterr().out
+    firsts = {line.split()[1] for line in listed.splitlines() if len(line.split()) > 2}
+    assert firsts & ZOO.keys() == {"mit_b2", "pvtv2b2_teacher_cityscapes"}
+    with pytest.raises(UserError, match="perhaps mit_b2"):
+        main(Options("list", ("mitb2",)))
+    with pytest.raises(UserError, match="--mirror nonsense is no URL"):
+        main(Options("download", ("mit_b2",), to=Path("nowhere"), mirror="nonsense"))
     done = command("-m", "models.zoo", "download", "mitb2", "--to", "nowhere")
     assert done.returncode == 2 and "perhaps mit_b2" in done.stderr
 

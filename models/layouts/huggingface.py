@@ -1,4 +1,4 @@
-"""Hugging Face's SegformerForSemanticSegmentation and -ForImageClassification, as their files name them.
+"""Hugging Face's SegformerForSemanticSegmentation, -ForImageClassification and bare SegformerModel, as their files are.
 
 What is k and v there is one kv here. Their LayerNorms all have an eps of 1e-5, where SegFormer's blocks and stages
 have 1e-6, and their image processor normalises by ImageNet's mean and deviation unless told not to; ours takes RGB in
@@ -34,9 +34,15 @@ TABLE = (  # ours, theirs
     ("head", "classifier"),  # ImageNet's
 )
 
+BARE = (
+    "encoder.block.",
+    "encoder.patch_embeddings.",
+    "encoder.layer_norm.",
+)  # SegformerModel's, which is no one's part
+
 
 def matches(state: State) -> bool:
-    return any(key.startswith("segformer.") for key in state)
+    return any(key.startswith(("segformer.", *BARE)) for key in state)
 
 
 def huggingface_shape(name: str) -> dict[str, Any]:
@@ -66,7 +72,8 @@ def to_huggingface(state: State) -> State:
 
 def from_huggingface(state: State) -> State:
     """`to_huggingface` undone. A network trained on normalised images still expects these."""
-    renamed = rename(state, swapped(TABLE), stage=1)
+    prefixed = {f"segformer.{key}" if key.startswith(BARE) else key: value for key, value in state.items()}
+    renamed = rename(prefixed, swapped(TABLE), stage=1)
     merged = dict(renamed)
     for k in renamed:
         v = k.replace(".attn.k.", ".attn.v.")
