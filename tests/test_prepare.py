@@ -236,6 +236,16 @@ def test_camvid(segnet: Path, tmp_path: Path) -> None:
     }
 
 
+def test_a_broken_camvid_image(segnet: Path, tmp_path: Path) -> None:
+    """Found while it is copied, wherever in the split it lies."""
+    image = segnet / "CamVid" / "train" / "0001TP_train.png"
+    whole = image.read_bytes()
+    image.with_name("0002.png").write_bytes(whole[: len(whole) // 2])
+    shutil.copy(segnet / "CamVid" / "trainannot" / "0001TP_train.png", segnet / "CamVid" / "trainannot" / "0002.png")
+    with pytest.raises(UserError, match="train/0002.png cannot be read as an image"):
+        run("CamVid", segnet, to=tmp_path / "data")
+
+
 def test_camvid_in_32_classes(segnet: Path, tmp_path: Path) -> None:
     (segnet / "CamVid" / "valannot" / "0001TP_val.png").write_bytes(png(np.full(SIZE, 21, np.uint8)))
     with pytest.raises(UserError, match=r"valannot/0001TP_val.png holds the value 21"):
