@@ -242,7 +242,7 @@ def test_a_broken_camvid_image(segnet: Path, tmp_path: Path) -> None:
     whole = image.read_bytes()
     image.with_name("0002.png").write_bytes(whole[: len(whole) // 2])
     shutil.copy(segnet / "CamVid" / "trainannot" / "0001TP_train.png", segnet / "CamVid" / "trainannot" / "0002.png")
-    with pytest.raises(UserError, match="train/0002.png cannot be read as an image"):
+    with pytest.raises(UserError, match=r"train/0002\.png cannot be read as an image"):
         run("CamVid", segnet, to=tmp_path / "data")
 
 
