@@ -209,16 +209,14 @@ def open_network(weights: Path, classes: Classes, device_name: str) -> Network:
     Raises:
         UserError: it is none, or it has other classes.
     """
-    network: Network
     if weights.suffix.lower() == ".onnx":
         onnx = OnnxNetwork(weights)
-        network, outputs, names = onnx, len(onnx.class_names), onnx.class_names
-    else:
-        device = find_device(device_name)
-        model = load_model(weights).to(device)
-        network, outputs, names = (lambda images: model(images.to(device)).logits), model.num_classes, model.class_names
-    classes.require(weights, outputs, names)
-    return network
+        classes.require(weights, len(onnx.class_names), onnx.class_names)
+        return onnx
+    device = find_device(device_name)
+    model = load_model(weights).to(device)
+    classes.require(weights, model.num_classes, model.class_names)
+    return lambda images: model(images.to(device)).logits
 
 
 def find_inputs(inputs: Iterable[str]) -> dict[Path, Path]:
