@@ -5,7 +5,7 @@ import io
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
     code 2, an interrupt in exit code 130. Anything else is a bug of ours and keeps its traceback.
     """
     try:
-        main(_parse(options, sys.modules[main.__module__].__doc__))
+        main(parse(options, sys.argv[1:], sys.modules[main.__module__].__doc__))
     except UserError as error:
         rank = os.environ.get("RANK")  # torchrun's
         print(f"error: {error}" if rank is None else f"error: [rank {rank}] {error}", file=sys.stderr)
@@ -43,16 +43,19 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
         sys.exit(130)
 
 
-def _parse(options: type[Any], manual: str | None) -> Any:
-    """The command line as `options`; a mistake in it becomes one line instead of tyro's box.
+def parse(options: type[T], arguments: Sequence[str], manual: str | None = None) -> T:
+    """A command line's arguments as `options`, which choose their defaults by them where they have a method `defaults`.
 
-    Options with a method `defaults` choose their defaults by the arguments.
+    Raises:
+        UserError: there is a mistake in them; tyro's box becomes one line.
+        SystemExit: `--help` was among them, and was printed with `manual` above it.
     """
     box = io.StringIO()
-    choose = getattr(options, "defaults", None)
+    choose: Any = getattr(options, "defaults", None)
     try:
         with redirect_stderr(box):
-            return tyro.cli(options, description=manual, default=choose(sys.argv[1:]) if choose else None)
+            default: T | None = choose(arguments) if choose else None
+            return tyro.cli(options, args=arguments, description=manual, default=default)  # type: ignore[return-value]
     except SystemExit as end:
         if not end.code:
             raise  # --help

@@ -15,9 +15,11 @@ import pytest
 
 import cli
 from cli import UserError
+from datasets.synthetic import write_dataset
 from models import create_model, save_model
 from train import table
-from train.grid import GRIDS, Job, Row, plan, read_grid, seeds_on_disk, with_teacher, words
+from train.grid import GRIDS, Job, Row, plan, read_grid, seeds_on_disk, split_identity, with_teacher, words
+from train.options import ROOT
 from train.runner import Runner, slots
 from train.table import Spread, Table, chosen, results, size_of
 
@@ -69,7 +71,17 @@ def planned(folder: Path, **changes: str) -> list[Job]:
         assert before in text
         text = text.replace(before, after)
     (folder / "changed.toml").write_text(text)
-    return plan(read_grid(folder / "changed.toml"), folder, folder / "runs")
+    return plan(read_grid(folder / "changed.toml"), folder / "data", folder / "runs")
+
+
+def call_table(monkeypatch: pytest.MonkeyPatch, *flags: object) -> int:
+    """The command's exit code."""
+    monkeypatch.setattr(sys, "argv", ["table.py", *map(str, flags)])
+    try:
+        cli.run(table.main, table.Options)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 # --- grids
@@ -89,6 +101,8 @@ def test_grids_of_the_project(path: Path) -> None:
     }
     for job in jobs if path.stem == "cityscapes" else ():
         assert size_of(job).texts() == published[job.row.label.removeprefix("teacher, ")]
+    for job in (job for job in jobs if job.row.name == "cwd"):  # a 1×1 convolution, 256 to 512 channels on 16×32 pixels
+        assert size_of(job).texts() == ["3.72 (3.85)", "13.67 (13.74)"]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +123,16 @@ def test_grids_of_the_project(path: Path) -> None:
         ("max-steps = 1", "max-steps = 1\nlr = -1", "row student: --lr is -1"),
         ("options = { height = 64,", "options = { hight = 64,", "evaluation: unrecognized options"),
         ("[[rows]]", "[[rows]", "is no TOML that can be read"),
+        ("[0, 1]", "[0, -1]", "row student: seed -1 is out of range"),
+        ("[options]", "[options]\nhelp = true", "row student: an option asks for help"),
+        ('teacher = "teacher"', 'presets = [["slow"]]', "row 3 (TransKDBase): there is no [presets.['slow']]"),
+        ("train/student.py", f"../{ROOT.name}/train/student.py", "row student: there is no script ../"),
+        ('name = "teacher"', 'name = "data"', "row 1: its name 'data' must be"),
+        ('name = "teacher"', 'name = ".."', "row 1: its name '..' must be"),
+        ('name = "teacher"', 'name = "student-seed0"', "row 1: its name 'student-seed0' must"),
+        ('weights = "', f'weights = "{ROOT / "README.md"}" # "', "row teacher: "),
+        ("cityscapes_iou.py", "cityscapes_color.py", "evaluation: script is 'eval/eval_cityscapes_color.py'"),
+        ("cityscapes_iou.py", "ACDC_iou.py", "row student: it is trained on cityscapes; eval/eval_ACDC_iou.py"),
     ],
 )
 def test_a_mistake_in_a_grid_is_one_line(
@@ -124,11 +148,9 @@ def test_a_mistake_in_a_grid_is_one_line(
     """It names the row, ends in exit code 2, and nothing is written."""
     (tmp_path / "grid.toml").write_text((folder / "grid.toml").read_text().replace(before, after))
     flags = ["--grid", tmp_path / "grid.toml", "--datadir", scenes, "--output-dir", tmp_path / "runs"]
-    monkeypatch.setattr(sys, "argv", ["table.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as end:
-        cli.run(table.main, table.Options)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and line.startswith("error: ") and says in line
+    code, (out, err) = call_table(monkeypatch, *flags), capsys.readouterr()
+    (line,) = err.splitlines()
+    assert code == 2 and line.startswith("error: ") and says in line and not out
     assert not (tmp_path / "runs").exists()
 
 
@@ -138,7 +160,7 @@ def test_words() -> None:
     assert words(flags) == line.split()
 
 
-def test_teachers(folder: Path) -> None:
+def test_teachers(folder: Path, teacher_weights: Path) -> None:
     """A teacher of the same seed, or the only one; given weights take the teacher's place."""
     script = 'script = "train/teacher.py"\noptions = { from-scratch = true }'
     weights = f'weights = "{folder / "teacher.safetensors"}"'
@@ -154,24 +176,47 @@ def test_teachers(folder: Path) -> None:
     assert [str(j) for j in chosen(one, ["TransKDBase"], [1])] == ["TransKDBase seed 1", "teacher seed 7"]
     with pytest.raises(UserError, match="no row is called 'nobody'"):
         chosen(one, ["nobody"], [0])
+    with pytest.raises(UserError, match=r"holds segformer_b2, .* \(teacher is segformer_b0\)"):
+        with_teacher(grid, teacher_weights)
+    grid = with_teacher(read_grid(Path("architectures")), teacher_weights)  # which has a PVTv2-B2 for a teacher too
+    assert [name for name, row in grid.rows.items() if row.weights] == ["teacher"]
 
 
 def test_what_a_folder_tells(folder: Path) -> None:
     """New, begun, trained, finished; a change that would need another training is refused."""
+
+    def write(split: str, count: int) -> None:
+        for name in ("leftImg8bit", "gtFine"):
+            path = folder / "data" / name / split / "a" / f"{count}_{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_name(path.name.replace("gtFine.", "gtFine_labelIds.")).touch()
+        split_identity.cache_clear()
+
+    write("train", 1)
+    write("val", 1)
     job = next(j for j in planned(folder) if str(j) == "student seed 0")
     assert job.standing() == "new" and job.commands("new") == [job.training, job.evaluation]
     job.folder.mkdir(parents=True)
     assert job.options is not None
-    (job.folder / "options.json").write_text(json.dumps(job.options.as_json()))
+    saved = job.options.as_json() | {"data": split_identity("cityscapes", folder / "data", "train")}
+    (job.folder / "options.json").write_text(json.dumps(saved))
     (job.folder / "metrics.jsonl").write_text('{"event": "train", "epoch": 1, "step": 1}\n{"event": "val", "ep')
     (job.folder / "last.pt").touch()
     assert job.standing() == "begun" and job.commands("begun")[0] == [*job.training, "--resume"]
     job.weights.touch()
+    with (job.folder / "metrics.jsonl").open("a") as file:  # taken up again after its last epoch
+        file.write('\n{"event": "start", "epoch": 501, "step": 1}\n')
     job.record(evaluated=False)
     assert job.standing() == "trained" and job.commands("trained") == [job.evaluation]
     (job.folder / "eval.json").write_text('{"mean_iou": 0.5}')
     job.record(evaluated=True)
     assert job.standing() == "finished" and not job.commands("finished") and job.score() == {"mean_iou": 0.5}
+    write("val", 2)
+    assert job.standing() == "trained"
+    job.record(evaluated=True)
+    (job.folder / "eval.json").write_text('{"mean_iou": null}')
+    assert job.standing() == "trained"
+    (job.folder / "eval.json").write_text('{"mean_iou": 0.5}')
     (job.folder / "last.pt").unlink()  # to make room
     assert job.standing() == "finished"
 
@@ -191,13 +236,46 @@ def test_what_a_folder_tells(folder: Path) -> None:
         other.standing()
     assert other.score() is None  # a table never shows a figure under flags that it was not made with
     assert seeds_on_disk(read_grid(folder / "grid.toml"), folder / "runs") == {0}
+    (job.folder / "options.json").write_text(json.dumps(saved | {"schedule": "step"}))
+    with pytest.raises(UserError, match="student seed 0 was trained with max_steps 1 instead of 2: remove"):
+        changed("max-steps = 1", 'max-steps = 2\nschedule = "step"').standing()
+    (job.folder / "options.json").unlink()
+    with pytest.raises(UserError, match=r"student seed 0 was trained with options that nobody knows, options\.json"):
+        job.standing()
+    (job.folder / "options.json").write_text(json.dumps(saved))
+    write("train", 2)
+    with pytest.raises(UserError, match=r"student seed 0 was trained on other data than .* holds now: remove"):
+        job.standing()
+    for content in ("{}", "[]"):
+        (job.folder / "done.json").write_text(content)
+        with pytest.raises(UserError, match=r"student-seed0/done\.json"):
+            job.standing()
+
+
+def test_other_scenes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table that is finished is none of other scenes than those that were drawn for it."""
+    text = (folder / "grid.toml").read_text().partition('[[rows]]\nname = "student"')[0]
+    grid, output = tmp_path / "grid.toml", tmp_path / "runs"
+    grid.write_text(f"{text}[scenes]\ntrain = 1\nval = 1\nheight = 64\nwidth = 128\n")
+    write_dataset(output / "data", train=1, val=1, height=64, width=128)
+    (job,) = plan(read_grid(grid), output / "data", output)
+    job.folder.mkdir()
+    (job.folder / "eval.json").write_text('{"mean_iou": 0.5}')
+    job.record(evaluated=True)
+    assert call_table(monkeypatch, "--grid", grid, "--output-dir", output) == 0
+    assert "| teacher | 50.00 |" in (output / "table.md").read_text()
+    grid.write_text(grid.read_text().replace("val = 1", "val = 2"))
+    assert call_table(monkeypatch, "--grid", grid, "--output-dir", output) == 2
+    assert "data holds something else than this data set" in capsys.readouterr().err
 
 
 # --- running
 
 
 def fake(
-    folder: Path, name: str, seed: int = 0, *, code: str = "", teacher: Job | None = None, miou: float = 0.5
+    folder: Path, name: str, seed: int = 0, *, code: str = "", teacher: Job | None = None, miou: float | str = 0.5
 ) -> Job:
     """A job whose training is a line of Python, and whose evaluation writes a figure."""
     run = folder / f"{name}-seed{seed}"
@@ -214,6 +292,8 @@ def fake(
         weights=weights,
         training=["-c", note + code],
         evaluation=["-c", evaluation],
+        dataset="cityscapes",
+        datadir=folder / "none",
         measure={"subset": "val", "protocol": "paper"},
     )
 
@@ -222,20 +302,40 @@ def test_one_failure_does_not_lose_the_others(tmp_path: Path, monkeypatch: pytes
     """It is told with its log, its students don't start, the rest is run; what is done is not done again."""
     bad = fake(tmp_path, "bad", code="sys.exit('out of luck')")
     jobs = [bad, fake(tmp_path, "student", teacher=bad), fake(tmp_path, "a", miou=0.25), fake(tmp_path, "a", 1)]
+    jobs.append(unmeasured := fake(tmp_path, "b", miou="null"))
     calls = []
     runner = Runner(jobs, [{}], calls.append)
     runner.run()
-    assert (tmp_path / "order").read_text() == "bad0 a0 a1 "
+    assert (tmp_path / "order").read_text() == "bad0 a0 a1 b0 "
     assert {str(job): why for job, why in runner.failed.items()} == {
         "bad": f"out of luck (exit code 1, {bad.log})",
         "student": "its teacher bad failed",
+        "b": f"its evaluation wrote no mean IoU ({unmeasured.log})",
     }
-    assert len(calls) == 4
+    assert len(calls) == 5
     rows = {row.job.row.name: row for row in results(jobs, runner.failed)}
     assert rows["a"].miou == {0: 25.0, 1: 50.0} and rows["bad"].failed == {0: runner.failed[bad]}
-    assert not Runner(jobs[2:], [{}], calls.append).waiting
+    assert not Runner(jobs[2:4], [{}], calls.append).waiting
     again = Runner(jobs, [{}], calls.append)
-    assert again.waiting == jobs[:2]
+    assert again.waiting == [*jobs[:2], unmeasured]
+
+
+def test_a_training_that_outlived_its_table_is_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It holds its folder's lock: nothing is started before it ends, and its run goes on."""
+    job = fake(tmp_path, "a", code=f"assert os.path.exists({str(tmp_path / 'ended')!r})")
+    job.folder.mkdir()
+    holder = (
+        f"import fcntl, pathlib, time; lock = open({str(job.folder / 'lock')!r}, 'w'); "
+        "fcntl.lockf(lock, fcntl.LOCK_EX); print('held', flush=True); time.sleep(1); "
+        f"pathlib.Path({str(tmp_path / 'ended')!r}).touch()"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert job.locked
+        runner = Runner([job], [{}], lambda failed: None)
+        runner.run()
+    assert not runner.failed and job.score() is not None and not job.locked
+    assert capfd.readouterr().err.count("a: still running") == 1
 
 
 def test_teachers_first_and_a_device_for_each(tmp_path: Path) -> None:
@@ -275,13 +375,14 @@ def test_spread() -> None:
 
 def test_the_table(folder: Path, tmp_path: Path) -> None:
     """A gain is over the same seed's baseline; a data set with conditions has a table of its own for them."""
-    jobs = plan(read_grid(folder / "grid.toml"), folder, tmp_path)
+    jobs = plan(read_grid(folder / "grid.toml"), folder / "none", tmp_path)
     scores = {"student seed 0": 0.10, "student seed 1": 0.30, "TransKDBase seed 1": 0.35, "teacher": 0.5}
     for job in jobs:
         job.folder.mkdir(exist_ok=True)
         if (score := scores.get(str(job))) is not None:
             if job.options is not None:
                 job.weights.touch()
+                (job.folder / "options.json").write_text(json.dumps(job.options.as_json()))
             (job.folder / "metrics.jsonl").write_text('{"event": "val", "epoch": 1, "step": 1}\n')
             evaluation = {"mean_iou": score, "conditions": {"fog": {"mean_iou": score / 2}, "rain": {"mean_iou": None}}}
             (job.folder / "eval.json").write_text(json.dumps(evaluation))
@@ -314,12 +415,7 @@ def test_a_table(
 
     def call(*flags: str) -> tuple[str, int]:
         common = ["--grid", grid, "--datadir", scenes, "--output-dir", output]
-        monkeypatch.setattr(sys, "argv", ["table.py", *map(str, common), *flags])
-        code = 0
-        try:
-            cli.run(table.main, table.Options)
-        except SystemExit as end:
-            code = int(end.code or 0)
+        code = call_table(monkeypatch, *common, *flags)
         return capsys.readouterr().out, code
 
     def steps() -> list[int]:

@@ -4,28 +4,33 @@ The file's form is told by train/table.py. Flags are those of the scripts and ar
 that a mistake shows before anything is started.
 """
 
+import fcntl
 import functools
 import hashlib
 import importlib
+import io
 import json
 import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import cli
 from cli import UserError, writing
-from datasets import synthetic
+from datasets import find_layout, open_split, synthetic
 from eval.options import IoUOptions
 from eval.records import read_json, read_records
+from models import SegmentationModel, load_model
 from train.options import ROOT, TrainingOptions
 from train.run_folder import CHECKPOINTS, FREE
 
 T = TypeVar("T")
 GRIDS = ROOT / "train" / "grids"
+RESERVED = ("lock", "data", "table.md", "table.json")  # what the table's folder holds beside the runs
 TAKEN = ("seed", "output_dir", "resume", "override", "datadir")  # flags that the table gives
 SCHEDULE = ("num_epochs", "max_steps")  # a run may go on to more of them, but not back
 FILES = ("teacher_weights", "student_weights", "train_list")  # options that may move, but not change their content
@@ -147,20 +152,24 @@ def read_grid(path: Path) -> Grid:
 def read_row(section: Section, common: Mapping[str, Any], groups: Mapping[str, Any], above: Mapping[str, Row]) -> Row:
     """One of `[[rows]]`; `above` are those before it."""
     name = section.take("name", str) or ""
-    if not re.fullmatch(r"[\w.+-]+", name) or name in above:
-        raise UserError(f"{section.where}: its name {name!r} must be of letters, digits, - and _, and no other row's")
+    taken = name in above or name in RESERVED or re.search(r"-seed\d+$", name)  # which the runs' folders end in
+    if taken or not re.fullmatch(r"[\w+][\w.+-]*", name):
+        raise UserError(
+            f"{section.where}: its name {name!r} must be of letters, digits, - and _, no other row's, not "
+            f"{', '.join(RESERVED)}, and not end in -seedN"
+        )
     section.where += f" ({name})"
     script, weights = section.take("script", str) or "", section.take("weights", str)
     if bool(script) == bool(weights):
         raise UserError(f"{section.where}: it needs either a script or weights")
     flags = dict(common)
     for preset in section.take("presets", list) or ():
-        if preset not in groups:
+        if not isinstance(preset, str) or preset not in groups:
             raise UserError(f"{section.where}: there is no [presets.{preset}]")
         flags |= groups[preset]
     flags = flags | section.flags("options") if script else {}
-    if taken := [key for key in TAKEN if key in flags]:
-        raise UserError(f"{section.where}: {taken[0].replace('_', '-')} is given by the table; leave it out")
+    if given := [key for key in TAKEN if key in flags]:
+        raise UserError(f"{section.where}: {given[0].replace('_', '-')} is given by the table; leave it out")
     row = Row(
         name=name,
         label=section.take("label", str) or name,
@@ -185,7 +194,8 @@ class Job:
     Attributes:
         options: the script's, None for a row whose weights are given.
         training, evaluation: the commands without `python`, training without --resume.
-        measure: what the evaluation's figure depends on, beside the weights.
+        dataset, datadir: what is evaluated on.
+        measure: what the evaluation's figure depends on, beside weights and data.
     """
 
     row: Row
@@ -196,6 +206,8 @@ class Job:
     weights: Path
     training: list[str]
     evaluation: list[str]
+    dataset: str
+    datadir: Path
     measure: dict[str, Any]
 
     def __str__(self) -> str:
@@ -210,6 +222,16 @@ class Job:
     def log(self) -> Path:
         return self.folder / "log.txt"
 
+    @property
+    def locked(self) -> bool:
+        """Whether a training that is not ours is at work in the folder, such as one that outlived its table."""
+        try:
+            with (self.folder / "lock").open("r+") as lock:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # mostly that there is no such file
+            return isinstance(error, BlockingIOError)
+        return False
+
     def source(self) -> dict[str, Any]:
         """What decides the weights beyond the options that options.json is compared in: steps, and files' content."""
         if self.options is None:
@@ -217,10 +239,14 @@ class Job:
         known = asdict(self.options)
         return {name: known[name] for name in SCHEDULE} | {name: digest(known.get(name)) for name in FILES}
 
+    def measured(self) -> dict[str, Any]:
+        """What decides the evaluation's figure beyond the weights."""
+        return self.measure | {"data": split_identity(self.dataset, self.datadir, self.measure["subset"])}
+
     def record(self, *, evaluated: bool) -> None:
         """Note that the training, or the evaluation too, came to its end."""
         with writing(self.folder / "done.json") as aside:
-            done = {"source": self.source(), "evaluation": self.measure if evaluated else None}
+            done = {"source": self.source(), "evaluation": self.measured() if evaluated else None}
             aside.write_text(json.dumps(done, indent=2) + "\n")
 
     def standing(self) -> Literal["new", "begun", "trained", "finished"]:
@@ -229,13 +255,16 @@ class Job:
         Raises:
             UserError: its folder holds a run that the grid no longer describes.
         """
-        done, source = read_json(self.folder / "done.json"), self.source()
+        path, source = self.folder / "done.json", self.source()
+        done = read_json(path)
+        if done is not None and not isinstance(done.get("source"), dict):
+            raise UserError(f"{self}: {short(path)} is damaged; remove it")
         if (done or self.begun) and (problem := self.problem(source, done["source"] if done else {})):
             raise UserError(f"{self} was trained {problem}: remove {short(self.folder)}, or undo the change")
         if done is None:
             return "begun" if self.begun else "new"
         if self.options is None or (source == done["source"] and self.weights.is_file()):
-            evaluated = done == {"source": source, "evaluation": self.measure} and (self.folder / "eval.json").is_file()
+            evaluated = self.result() is not None and done == {"source": source, "evaluation": self.measured()}
             return "finished" if evaluated else "trained"
         return "begun" if self.begun else "new"
 
@@ -246,14 +275,23 @@ class Job:
         """
         if self.options is None:
             return None
-        before, now = read_json(self.folder / "options.json") or {}, self.options.as_json()
-        different = sorted(key for key in now.keys() & before.keys() - FREE if now[key] != before[key])
+        before, now = read_json(self.folder / "options.json"), self.options.as_json()
+        if before is None:
+            return "with options that nobody knows, options.json is missing"
+        # the rate of --schedule step depends on how many steps there are
+        free = FREE.difference(SCHEDULE) if self.options.schedule == "step" else FREE
+        different = sorted(key for key in now.keys() & before.keys() - free if now[key] != before[key])
         if different:
             return f"with {', '.join(f'{key} {before[key]} instead of {now[key]}' for key in different)}"
+        every, list_file = self.options.subset_every, self.options.train_list
+        data = split_identity(self.options.dataset, self.options.datadir, "train", every, list_file)
+        if data and data != before.get("data", data):
+            return f"on other data than {self.options.datadir} holds now"
         for name in FILES:
             if source[name] and source[name] != done.get(name, source[name]):
                 return f"with another {name.replace('_', ' ')}"
-        last = last_record(self.folder)
+        # not "start", which names the epoch to come: that of a run taken up at its end is one too many
+        last = max((last_record(self.folder, event) for event in ("train", "val")), key=lambda r: r.get("step", 0))
         too_many_epochs = last.get("epoch", 0) > source["num_epochs"] and not getattr(self.options, "keep_steps", False)
         if last.get("step", 0) > (source["max_steps"] or sys.maxsize) or too_many_epochs:
             return f"for more steps, {last['step']}"
@@ -264,10 +302,18 @@ class Job:
         training = {"new": [self.training], "begun": [[*self.training, "--resume"]]}.get(standing, [])
         return [] if standing == "finished" else [*filter(None, training), self.evaluation]
 
-    def score(self) -> dict[str, Any] | None:
-        """What the evaluation wrote, where the run is finished as the grid describes it."""
+    def result(self) -> dict[str, Any] | None:
+        """What the evaluation wrote, None where that is no mean IoU."""
         try:
-            return read_json(self.folder / "eval.json") if self.standing() == "finished" else None
+            found = read_json(self.folder / "eval.json") or {}
+        except UserError:
+            return None
+        return found if isinstance(found.get("mean_iou"), float) else None
+
+    def score(self) -> dict[str, Any] | None:
+        """The result of a run that is finished as the grid describes it."""
+        try:
+            return self.result() if self.standing() == "finished" else None
         except UserError:
             return None
 
@@ -276,10 +322,9 @@ def plan(grid: Grid, datadir: Path, output: Path) -> list[Job]:
     """Every run of the grid, seed by seed; nothing is started.
 
     Raises:
-        UserError: a script or flag does not exist, or a value is out of range; names the row.
+        UserError: a script or flag does not exist, a value is out of range, or given weights can't be read; names the
+            row.
     """
-    if not (ROOT / grid.eval_script).is_file() or not grid.eval_script:
-        raise UserError(f"evaluation: there is no script {grid.eval_script!r}")
     jobs: dict[tuple[str, int], Job] = {}
     for row in grid.rows.values():
         for seed in grid.seeds_of(row):
@@ -299,19 +344,22 @@ def find_teacher(row: Row, seed: int, jobs: Mapping[tuple[str, int], Job]) -> Jo
 
 def new_job(grid: Grid, row: Row, seed: int, datadir: Path, output: Path, teacher: Job | None) -> Job:
     folder = output / (f"{row.name}-seed{seed}" if row.script else row.name)
-    where, options, training = f"row {row.name}", None, []
+    where, options, training, dataset = f"row {row.name}", None, [], evaluated(grid)
+    if seed not in range(2**32):
+        raise UserError(f"{where}: seed {seed} is out of range; seeds begin at 0")
     if row.script:
         flags = dict(row.flags) | {"datadir": short(datadir), "seed": seed, "output_dir": short(folder)}
         if teacher is not None:
             flags["teacher_weights"] = short(teacher.weights)
-        options = parse(where, script_options(where, row.script), words(flags))
+        options = row_options(row, flags)
+        if options.dataset != dataset:
+            raise UserError(f"{where}: it is trained on {options.dataset}; {grid.eval_script} evaluates on {dataset}")
         training = [short(ROOT / row.script), *words(flags)]
         weights = folder / f"{options.network}{'_best' if grid.weights == 'best' else ''}.safetensors"
     else:
         assert row.weights is not None
         weights = row.weights
-        if not weights.is_file():
-            raise UserError(f"{where}: no weights at {weights}")
+        given_model(where, weights)
     paths = {"datadir": datadir, "weights": weights, "json": folder / "eval.json"}
     measured = dict(grid.eval_flags) | {name: short(path) for name, path in paths.items()}
     evaluation = asdict(parse("evaluation", IoUOptions, words(measured)))
@@ -325,29 +373,64 @@ def new_job(grid: Grid, row: Row, seed: int, datadir: Path, output: Path, teache
         weights=weights,
         training=training,
         evaluation=[short(ROOT / grid.eval_script), *words(measured)],
+        dataset=dataset,
+        datadir=datadir,
         measure=decides | {"script": grid.eval_script, "weights": weights.name},
     )
 
 
-def script_options(where: str, script: str) -> type[TrainingOptions]:
-    """The options of a training script of this repository."""
-    if not (ROOT / script).is_file():
-        raise UserError(f"{where}: there is no script {script}")
+def evaluated(grid: Grid) -> str:
+    """The data set that the evaluation's script is for."""
+    match = re.fullmatch(r"eval/eval_(\w+)_iou\.py", grid.eval_script)
+    if match is None or not (ROOT / grid.eval_script).is_file():
+        raise UserError(f"evaluation: script is {grid.eval_script!r}; name one like eval/eval_cityscapes_iou.py")
+    return find_layout(match[1]).name
+
+
+@functools.cache
+def given_model(where: str, weights: Path) -> SegmentationModel:
+    """The network in a file, without its numbers. It is read once: what happens to the file later stops no table."""
+    if not weights.is_file():
+        raise UserError(f"{where}: no weights at {weights}")
+    try:
+        return load_model(weights).to("meta")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+@functools.cache
+def split_identity(
+    dataset: str, datadir: Path, subset: str, every: int = 1, list_file: Path | None = None
+) -> str | None:
+    """Names and sizes of a split's files, as a training's options.json has them; None before the data is drawn.
+
+    They are looked at once: a table of many runs would spend long on it after every run.
+    """
+    if not datadir.is_dir():
+        return None
+    return open_split(dataset, datadir, subset, every=every, list_file=list_file, cache=False).identity()
+
+
+def row_options(row: Row, flags: Mapping[str, Any]) -> TrainingOptions:
+    """Flags as the options of a row's script, one of this repository."""
+    where, script = f"row {row.name}", row.script
+    if not re.fullmatch(r"train/\w+\.py", script) or not (ROOT / script).is_file():
+        raise UserError(f"{where}: there is no script {script}; name one like train/student.py")
     found = getattr(importlib.import_module(script.removesuffix(".py").replace("/", ".")), "Options", None)
     if not (isinstance(found, type) and issubclass(found, TrainingOptions)):
         raise UserError(f"{where}: {script} trains nothing; name a script like train/student.py")
-    return found
+    return parse(where, found, words(flags))
 
 
 def parse(where: str, options: type[T], arguments: Sequence[str]) -> T:
     """Arguments as a script would understand them; a mistake names the row."""
-    before, sys.argv = sys.argv, ["", *arguments]
     try:
-        return cli._parse(options, None)
+        with redirect_stdout(io.StringIO()):
+            return cli.parse(options, arguments)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    finally:
-        sys.argv = before
+    except SystemExit:
+        raise UserError(f"{where}: an option asks for help or the like; leave it out") from None
 
 
 def words(flags: Mapping[str, Any]) -> list[str]:
@@ -370,8 +453,21 @@ def scene_options(grid: Grid, datadir: Path) -> synthetic.Options | None:
 
 
 def with_teacher(grid: Grid, weights: Path) -> Grid:
-    """The grid with a trained teacher in the place of the rows that teach."""
-    taught = {row.teacher for row in grid.rows.values()}
+    """The grid with a trained teacher in the place of the rows that teach as such a network.
+
+    Raises:
+        UserError: there is none.
+    """
+    holds = given_model("--teacher-weights", weights).name
+    wanted = {
+        row.teacher: getattr(row_options(row, {**row.flags, "datadir": "."}), "teacher_model", None)
+        for row in grid.rows.values()
+        if row.teacher and row.script
+    }
+    taught = [name for name, model in wanted.items() if model == holds]
+    if not taught:
+        teachers = ", ".join(f"{name} is {model}" for name, model in wanted.items()) or "none is needed"
+        raise UserError(f"--teacher-weights {weights} holds {holds}, which is no teacher of this grid ({teachers})")
 
     def given(row: Row) -> Row:
         return replace(row, script="", weights=weights, flags={}, teacher="", seeds=(0,))
@@ -382,7 +478,7 @@ def with_teacher(grid: Grid, weights: Path) -> Grid:
 def seeds_on_disk(grid: Grid, output: Path) -> set[int]:
     """Seeds that rows have folders of, in earlier calls perhaps with other --seeds."""
     names = "|".join(re.escape(row.name) for row in grid.rows.values() if row.seeds is None)
-    found = (re.fullmatch(rf"(?:{names})-seed(-?\d+)", path.name) for path in output.glob("*-seed*"))
+    found = (re.fullmatch(rf"(?:{names})-seed(\d+)", path.name) for path in output.glob("*-seed*"))
     return {int(match[1]) for match in found if match}
 
 

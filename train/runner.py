@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.live import Live
 
 from cli import UserError
-from eval.records import read_json
 from train.engine import Interrupt
 from train.grid import Job, last_record, short
 
@@ -91,6 +90,7 @@ class Runner:
         self.planned = len(self.waiting)
         self.running: list[Running] = []
         self.failed: dict[Job, str] = {}
+        self.awaited: set[Job] = set()
         self.took: list[float] = []
 
     def run(self) -> None:
@@ -121,7 +121,13 @@ class Runner:
             sys.exit(128 + interrupt.signal)
 
     def start_ready(self) -> None:
-        """Start what has a place and a teacher."""
+        """Start what has a place and a teacher, once no training of an earlier, killed table holds a place any more."""
+        if locked := [job for job in self.waiting if job.locked]:
+            for job in locked:
+                if job not in self.awaited:
+                    CONSOLE.print(f"{job}: still running, started by another process; waiting for it", markup=False)
+            self.awaited.update(locked)
+            return
         for job in list(self.waiting):
             teacher = job.teacher
             if teacher in self.failed:
@@ -166,19 +172,21 @@ class Runner:
         """Go on from training to evaluation, or call the job finished or failed."""
         self.running.remove(one)
         job, code = one.job, one.process.returncode
-        if code == 0:
-            job.record(evaluated=not one.training)
-            if one.training:
-                self.took.append(time.monotonic() - one.started)
-                self.start(job, one.slot, job.evaluation)
-                return
+        if code == 0 and one.training:
+            job.record(evaluated=False)
+            self.took.append(time.monotonic() - one.started)
+            self.start(job, one.slot, job.evaluation)
+            return
         self.free.append(one.slot)
         if code:
             said = [line for line in job.log.read_text(errors="replace").splitlines()[-20:] if line.strip()]
             self.fail(job, f"{said[-1]} (exit code {code}, {short(job.log)})")
             return
-        miou = (read_json(job.folder / "eval.json") or {})["mean_iou"]
-        CONSOLE.print(f"{job}: mIoU {miou:.2%}; {self.summary()}", markup=False)
+        if (result := job.result()) is None:
+            self.fail(job, f"its evaluation wrote no mean IoU ({short(job.log)})")
+            return
+        job.record(evaluated=True)
+        CONSOLE.print(f"{job}: mIoU {result['mean_iou']:.2%}; {self.summary()}", markup=False)
         self.on_end(self.failed)
 
     def fail(self, job: Job, reason: str) -> None:

@@ -33,8 +33,9 @@ Further keys: title, datadir, and [scenes], the options of datasets.synthetic fo
 
 A run's folder, OUTPUT/ROW-seedN, holds its checkpoints, log.txt and eval.json; table.md and table.json stand beside
 the folders and are written after every run. Interrupted or killed, the same command goes on where it stopped: SIGINT
-and SIGTERM reach the trainings, which save. A run that fails does not stop the others; the table then says why and
-where its log is, and the exit code is 1.
+and SIGTERM reach the trainings, which save; those that outlive a killed table are waited for. A row whose flags or
+training data have changed is refused, one whose evaluation or its data have changed is evaluated again. A run that
+fails does not stop the others; the table then says why and where its log is, and the exit code is 1.
 """
 
 import fcntl
@@ -54,16 +55,28 @@ if __package__ in (None, ""):
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
-from torch import nn
+from torch import Tensor, nn
 
 import cli
 from cli import UserError, writing
 from datasets import find_layout, synthetic
 from eval.commands import PROTOCOLS
-from models import create_model, load_model
+from models import create_model
+from models.distillation import Distiller
 from models.distillation.methods import METHODS, Settings
 from models.info import count_macs, published_macs
-from train.grid import Grid, Job, last_record, plan, read_grid, scene_options, seeds_on_disk, short, with_teacher
+from train.grid import (
+    Grid,
+    Job,
+    given_model,
+    last_record,
+    plan,
+    read_grid,
+    scene_options,
+    seeds_on_disk,
+    short,
+    with_teacher,
+)
 from train.options import ROOT, DistillationOptions, StudentOptions
 from train.runner import Runner, slots
 
@@ -87,7 +100,7 @@ class Options:
     datadir: Path | None = None
     """The data set's folder, instead of the grid's."""
     teacher_weights: Path | None = None
-    """A trained teacher, in the place of the rows that teach."""
+    """A trained teacher, in the place of the rows that teach and are such a network."""
     output_dir: Path | None = None
     """Where runs and table go. Default: outputs/GRID in the repository."""
     only: tuple[str, ...] = ()
@@ -122,34 +135,27 @@ class Spread:
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters and multiply-accumulates, deployed and with what only training needs (None where that is unknown)."""
+    """Parameters and multiply-accumulates, deployed and with what only training needs."""
 
     parameters: int
     macs: int
     training_parameters: int
-    training_macs: int | None
+    training_macs: int
 
     def texts(self) -> list[str]:
         pairs = (
             (self.parameters / 1e6, self.training_parameters / 1e6),
-            (
-                self.macs / 1e9,
-                None if self.training_macs is None else self.training_macs / 1e9,
-            ),
+            (self.macs / 1e9, self.training_macs / 1e9),
         )
-        return [f"{one:.2f}" + ("" if two == one else " (–)" if two is None else f" ({two:.2f})") for one, two in pairs]
+        return [f"{one:.2f}" + ("" if two == one else f" ({two:.2f})") for one, two in pairs]
 
 
 @cache
 def size_of(job: Job) -> Size:
-    """A run's size, counted on the meta device.
-
-    A method of unknown making counts as its student; multiply-accumulates are those of fusion and alignment, and not
-    known for methods that have other modules.
-    """
+    """A run's size, counted on the meta device. A method of unknown making counts as its student."""
     options = job.options
     if options is None:
-        return _size(load_model(job.weights).to("meta"))
+        return _size(given_model(f"row {job.row.name}", job.weights))
     outputs = find_layout(options.dataset).classes.num_outputs
     with torch.device("meta"):
         if not isinstance(options, StudentOptions):
@@ -162,17 +168,27 @@ def size_of(job: Job) -> Size:
         return _size(student, method(student, teacher, None, Settings(options.stages, options.losses())))
 
 
-def _size(network: nn.Module, training: nn.Module | None = None) -> Size:
+class Step(nn.Module):
+    """A training step's forward pass, the teacher's included, whose layers are no submodules: no hook sees them."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        super().__init__()
+        self.distiller = distiller
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        labels = images.new_zeros((1, *(side // 4 for side in IMAGE)), dtype=torch.long)
+        return self.distiller(images, labels)
+
+
+def _size(network: nn.Module, distiller: Distiller | None = None) -> Size:
     def parameters(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
     def macs(module: nn.Module) -> int:
         return published_macs(count_macs(module.eval(), torch.empty(1, 3, *IMAGE, device="meta")))
 
-    training = training or network
-    known = {name for name, _ in training.named_children()} <= {"student", "fusion", "alignment"}
-    both = macs(network), parameters(training)
-    return Size(parameters(network), *both, both[0] if training is network else macs(training) if known else None)
+    training = Step(distiller) if distiller else network
+    return Size(parameters(network), macs(network), parameters(training), macs(training))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,11 +354,11 @@ def main(options: Options) -> None:
     seeds = options.seeds or grid.seeds
     jobs = plan(replace(grid, seeds=tuple(sorted({*seeds, *seeds_on_disk(grid, output)}))), datadir, output)
     selected = chosen(jobs, options.only, seeds)
-    standings = {job: job.standing() for job in selected}
     if options.dry_run:
         if scenes is not None:
             print(f"# draws {scenes.train + scenes.val} scenes into {short(datadir)}")
-        for job, standing in standings.items():
+        for job in selected:
+            standing = job.standing()
             print(f"# {job}: {standing}")
             for command in job.commands(standing):
                 print(f"python {shlex.join(command)}")
@@ -354,7 +370,7 @@ def main(options: Options) -> None:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another table is at work in {short(output)}; choose another --output-dir") from error
-        if scenes is not None and set(standings.values()) != {"finished"}:
+        if scenes is not None:
             synthetic.main(scenes)
         runner = Runner(selected, places, lambda failed: table.write(failed))
         runner.run()
