@@ -1,10 +1,10 @@
-"""Data sets of road scenes: from folders on disk to batches of uint8 images and train ids.
+"""Data sets of road scenes and others: from folders on disk to batches of uint8 images and train ids.
 
     dataset = open_split("cityscapes", "data/cityscapes", "train", augment=Augmentation(seed=1))
     for images, labels, indices in training_batches(dataset, batch_size=2, seed=1, epoch=1): ...
 
-`cityscapes` and `acdc` know the layouts, `samples` pairs the files, `scenes` reads them, `cache`
-keeps them resized, `transforms` augments and `loading` batches.
+`cityscapes`, `acdc`, `nyuv2` and `voc2012` know the layouts, `classes` what is told apart, `samples` pairs the files,
+`scenes` reads them, `cache` keeps them resized, `transforms` augments and `loading` batches.
 """
 
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ def open_split(
     full_labels: bool = False,
     require_labels: bool = True,
 ) -> SceneDataset:
-    """Open "train", "val" or "test" of "cityscapes" or "ACDC" below `datadir`, sorted by path.
+    """Open "train", "val" or "test" of one of `DATASETS` below `datadir`, sorted by path.
 
     `height` is the shorter side after resizing. `list_file` names the images to use, one a line,
     and `every` then takes each `every`-th image. `conditions` are ACDC's, all by default. `cache`

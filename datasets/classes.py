@@ -43,7 +43,8 @@ class Classes:
     weights: tuple[float, ...] | None
     """(n + 1) weights of the cross entropy, 0 for ignore; None where none are published."""
     label_ids: tuple[int, ...]
-    """(n + 1) train id -> the label id of the data set's own files and of Cityscapes' server; ignore -> 0."""
+    """(n + 1) train id -> the label id of the data set's own files and of Cityscapes' server; the last is what is
+    written for ignore: 0, VOC's 255."""
     ignored_label_ids: tuple[int, ...] = ()
     """Label ids that stand for no class of ours."""
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from cli import UserError
 from datasets.classes import CITYSCAPES
@@ -97,7 +98,7 @@ def test_any_pair_is_distilled(student: str, teacher: str) -> None:
 
 def test_a_too_narrow_teacher_is_refused() -> None:
     with pytest.raises(UserError, match="segformer_b0 is narrower than the student lvt"):
-        Distiller(create_model("lvt"), None, teacher=create_model("segformer_b0"))
+        Distiller(create_model("lvt"), None, teacher=create_model("segformer_b0"), fusion=nn.Identity())
 
 
 def test_initialisation() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import SegformerForSemanticSegmentation, SegformerImageProcessorPil
 
 from cli import UserError
-from datasets.classes import CITYSCAPES
+from datasets.classes import CITYSCAPES, VOC2012
 from datasets.transforms import resize_image, to_float
 from models import SegFormer, create_model, load_backbone, load_model, load_weights, save_model
 from models.checkpoints import IMAGENET, read_facts
@@ -385,11 +385,11 @@ def test_a_foreign_teacher_teaches(foreign: Path, command: Command, scenes: Path
 def test_a_teacher_of_another_kind_is_named(foreign: Path, tmp_path: Path) -> None:
     options = TrainingOptions(datadir=tmp_path, teacher_weights=foreign)
     with pytest.raises(UserError, match=r"does not fit segformer_b2; it looks like segformer_b0") as error:
-        options.teacher(20)
+        options.teacher(CITYSCAPES)
     assert "\n" not in str(error.value)
     options = TrainingOptions(
         datadir=tmp_path, teacher_weights=foreign, teacher_model="segformer_b0", validate_teacher=True
     )
-    assert options.teacher(20).num_classes == 19
-    with pytest.raises(UserError, match="19 classes of another kind"):
-        options.teacher(12)
+    assert options.teacher(CITYSCAPES).num_classes == 19
+    with pytest.raises(UserError, match="predicts 19 classes, VOC 2012 has 21"):
+        options.teacher(VOC2012)

@@ -14,7 +14,6 @@ from models import SegmentationModel, SegmentationOutput, create_model, load_mod
 from models.checkpoints import strip_wrappers
 from models.distillation import Distiller
 from models.distillation.methods import METHODS, Settings
-from models.distillation.response import ResponseDistiller
 from models.distillation.skd import pairwise_similarity_loss
 from tests.golden_data import golden_input, golden_labels, seed
 from train import TransKDBase, distill
@@ -74,13 +73,13 @@ def outputs(classes: int) -> SegmentationOutput:
 
 
 def test_response_is_hintons_loss_over_the_classes_that_count(teacher: SegmentationModel) -> None:
-    distiller = ResponseDistiller(create_model("segformer_b0"), None, teacher=teacher, weight=2, temperature=3)
+    distiller = build("response", teacher, baseline={"weight": 2.0, "temperature": 3.0})
     s, t = outputs(20), outputs(20)
     p, q = (out.logits[:, :19].permute(0, 2, 3, 1).reshape(-1, 19).div(3).softmax(1) for out in (t, s))
     expected = 2 * 3**2 * (p * (p / q).log()).sum(1).mean()
-    torch.testing.assert_close(distiller.distillation_losses(golden_input("A"), s, t)["response"], expected)
+    torch.testing.assert_close(distiller.compare_logits(s, t)["response"], expected)
     s.logits[:, 19], t.logits[:, 19] = 50, -50  # "ignore"
-    torch.testing.assert_close(distiller.distillation_losses(golden_input("A"), s, t)["response"], expected)
+    torch.testing.assert_close(distiller.compare_logits(s, t)["response"], expected)
 
 
 @pytest.mark.parametrize("name", ["response", "cwd_logits"])
@@ -92,16 +91,18 @@ def test_logits_of_other_classes_are_refused(name: str) -> None:
 
 
 def test_pairwise_similarities() -> None:
-    s, t = torch.randn(2, 3, 2, 2), torch.randn(2, 5, 2, 2)
+    """Of the maxima of 2×2 windows: two rows of them, and three columns, of which the last is one pixel wide."""
+    s, t = torch.randn(2, 3, 4, 5), torch.randn(2, 5, 4, 5)
     expected = 0.0
     for b in range(2):
-        for i in range(4):
-            for j in range(4):
-                pairs = ((x[b].flatten(1)[:, i], x[b].flatten(1)[:, j]) for x in (s, t))
-                a_s, a_t = (F.cosine_similarity(x, y, dim=0) for x, y in pairs)
-                expected += (a_s - a_t) ** 2 / (2 * 4 * 4)
+        windows = [[x[b, :, i : i + 2, j : j + 2].amax((1, 2)) for i in (0, 2) for j in (0, 2, 4)] for x in (s, t)]
+        for i in range(6):
+            for j in range(6):
+                a_s, a_t = (F.cosine_similarity(x[i], x[j], dim=0) for x in windows)
+                expected += (a_s - a_t) ** 2 / (2 * 6 * 6)
     torch.testing.assert_close(pairwise_similarity_loss(s, t), expected)
     assert pairwise_similarity_loss(t, 3 * t) < 1e-12
+    assert pairwise_similarity_loss(s[:, :, :1, :1], t[:, :, :1, :1]) < 1e-12  # a single place
 
 
 def test_one_stage_and_its_limits(teacher: SegmentationModel) -> None:
@@ -112,10 +113,46 @@ def test_one_stage_and_its_limits(teacher: SegmentationModel) -> None:
             build(name, teacher, stages=(3,))
 
 
-@pytest.mark.parametrize(("name", "own"), [("skd", {"temperature": 2.0}), ("csf", {"weight": 2.0})])
-def test_settings_that_a_method_does_not_have(name: str, own: dict, teacher: SegmentationModel) -> None:
-    with pytest.raises(UserError, match=f"no --kd-{next(iter(own))}"):
-        build(name, teacher, baseline=own)
+@pytest.mark.parametrize(
+    ("name", "flags", "says"),
+    [
+        ("skd", {"kd_temperature": 2.0}, "no --kd-temperature"),
+        ("csf", {"kd_weight": 2.0}, "no --kd-weight"),
+        ("csf", {"embed": 3}, "no --embed"),
+        ("reviewkd", {"embed_weights": (1.0, 1.0, 1.0, 1.0)}, "no --embed"),
+        ("response", {"embed": 3}, "no --embed"),
+        ("cwd", {"knowledge_distillation_loss": "KL"}, "no --knowledge-distillation-loss"),
+        ("pea", {"review_kd_loss_weight": 2.0}, "no --knowledge-distillation-loss"),
+        *((name, {"embed": 0}, "--embed 0|stage 4") for name in ("pea", "ea", "transkd_gl", "transkd_ea", "gl_ea")),
+        ("student", {"embed": 2}, "no --embed"),
+        ("student", {"kd_weight": 2.0}, "no --kd-weight"),
+        ("student", {"logits_weight": 5.0}, "--logits-weight is 5.0"),
+        ("response", {"logits_weight": 5.0}, "--logits-weight is 5.0"),
+    ],
+)
+def test_flags_that_a_method_does_not_have(name: str, flags: dict, says: str, teacher: SegmentationModel) -> None:
+    with pytest.raises(UserError, match=says):
+        settings = distill.Options(datadir=Path(), method=name, **flags).settings
+        METHODS[name](create_model("segformer_b0"), teacher, None, settings)
+
+
+@pytest.mark.parametrize(("name", "fusion"), [("transkd_base", True), ("csf", True), ("cwd_logits", False)])
+def test_flags_that_change_nothing_else(name: str, fusion: bool, teacher: SegmentationModel) -> None:
+    """`--embed 0` is CSF alone, and says nothing new to who aligns nothing."""
+    settings = distill.Options(datadir=Path(), method=name, embed=0).settings
+    distiller = METHODS[name](create_model("segformer_b0"), teacher, None, settings)
+    assert distiller.alignment is None and (distiller.fusion is not None) == fusion
+
+
+def test_a_narrow_teacher_is_refused_where_it_would_be_projected_onto(teacher: SegmentationModel) -> None:
+    for name, method in METHODS.items():
+        student, narrow = create_model("segformer_b1"), create_model("segformer_b0")
+        if name in ("response", "cwd_logits", "skd"):
+            losses = method(student, narrow, None, Settings())(golden_input("A"), golden_labels())
+            assert losses["ce"] > 0 and len(losses) == 2
+        else:
+            with pytest.raises(UserError, match="segformer_b0 is narrower than the student segformer_b1"):
+                method(student, narrow, None, Settings())
 
 
 def test_weight_and_temperature_reach_the_loss(teacher: SegmentationModel) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cli import UserError
+from datasets.classes import CITYSCAPES
 from datasets.transforms import resize_image, to_float
 from models import create_model, load_backbone, load_model, load_weights, save_model
 from models.checkpoints import IMAGENET
@@ -174,7 +175,7 @@ def test_theirs_in(foreign: tuple[Path, State], tmp_path: Path) -> None:
         assert torch.equal(again(images).logits, ours(images).logits)
     load_weights(again, path)
     teaching = TrainingOptions(datadir=tmp_path, teacher_weights=path, teacher_model="segformer_b0")
-    distiller = Distiller(create_model("segformer_b0"), None, teacher=teaching.teacher(20))
+    distiller = Distiller(create_model("segformer_b0"), None, teacher=teaching.teacher(CITYSCAPES))
     assert torch.equal(distiller.teacher(images, logits=False).features[3], ours(images).features[3])
     assert difference(ours, lambda x: plain_forward(state, x), SIZES[0], torch.float32) < 1e-4  # their eps left out
     assert_same(ours, state)

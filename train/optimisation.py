@@ -45,7 +45,10 @@ class Plan:
 
     def total_steps(self, epoch: int, batch: int, step: int) -> int:
         """Of a run that stands in `epoch` after its `batch` steps, `step` in all: the batch may have been another."""
-        left = max(max(self.epochs + 1 - epoch, 0) * self.steps_per_epoch - batch, 0)
+        if self.recipe_epoch:  # `epoch` may have been counted by other steps
+            return self.limit
+        of_epoch = max(self.steps_per_epoch - batch, 0)
+        left = (self.epochs - epoch) * self.steps_per_epoch + of_epoch if epoch <= self.epochs else 0
         return min(step + left, self.limit)
 
 

@@ -6,6 +6,7 @@ Liu et al., arXiv 2202.13393, section IV-B. The options are saved as options.jso
 import dataclasses
 import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 import tyro
 
 from cli import UserError
-from datasets import DATASETS, Augmentation
+from datasets import DATASETS, Augmentation, Classes
 from models import SegmentationModel, create_model, load_backbone, load_model
 from models.checkpoints import IMAGENET
 from models.distillation.losses import FEATURE_LOSSES
@@ -39,7 +40,8 @@ class TrainingOptions:
     dataset: Literal[DATASETS] = "cityscapes"  # type: ignore[valid-type]
     """Data set: which folders and names to look for below --datadir."""
     datadir: Path
-    """Root of the data set, the folder that holds leftImg8bit/ and gtFine/ (Cityscapes) or rgb_anon/ and gt/ (ACDC)."""
+    """Root of the data set, the folder that holds leftImg8bit/ and gtFine/ (Cityscapes), rgb_anon/ and gt/ (ACDC),
+    images/ and labels40/ (NYUv2), or JPEGImages/ and SegmentationClassAugRaw/ (VOC2012)."""
     height: int = 512
     """Images are resized so that their shorter side has this many pixels."""
     subset_every: int = 1
@@ -84,7 +86,8 @@ class TrainingOptions:
     loss_size: Literal["quarter", "full"] = "quarter"
     """Cross entropy on labels of a quarter of the image's size, or on whole ones, with upsampled logits."""
     normalisation: Literal["none", "imagenet", "auto"] = "none"
-    """Normalise the input by ImageNet's mean and deviation; auto does where an ImageNet encoder is started from."""
+    """Normalise the input by ImageNet's mean and deviation; auto does where an ImageNet encoder is started from. With
+    none and auto, a whole network that is started from keeps its own."""
     drop_path_rate: float = 0.1
     """Stochastic depth of the last block of the network that learns; rises linearly from 0."""
     dropout: float = 0.1
@@ -145,43 +148,41 @@ class TrainingOptions:
         Raises:
             UserError: a value is out of range.
         """
-        for name in (
-            "subset_every",
-            "num_epochs",
-            "batch_size",
-            "validate_every",
-            "steps_loss",
-            "lr_decay_epochs",
-            "accumulate",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise UserError(f"--max-steps is {self.max_steps}; it must be at least 1")
-        for name in ("num_workers", "shift", "weight_decay", "warmup_steps", "save_every", "eps", "lr_power"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it can't be negative")
-        if self.height < MIN_HEIGHT:
-            raise UserError(f"--height is {self.height}; the network's four stages need at least {MIN_HEIGHT}")
+        for field in dataclasses.fields(self):
+            if any(isinstance(part, float) and not math.isfinite(part) for part in self._parts(field.name)):
+                raise UserError(f"{self._flag(field.name)}; it must be finite")
+        self.require("subset_every", "num_epochs", "batch_size", "max_steps", "validate_every", "steps_loss", least=1)
+        self.require("lr_decay_epochs", "accumulate", least=1)
+        self.require("num_workers", "shift", "weight_decay", "warmup_steps", "save_every", "eps", "lr_power", least=0)
+        self.require("height", "crop", least=MIN_HEIGHT)  # the network's four stages need as much
+        self.require("lr", "scale", above=0)
+        self.require("jitter", "ema", "dropout", "drop_path_rate", "betas", least=0, below=1)
         if self.schedule == "epoch" and self.num_epochs > self.lr_decay_epochs:
             raise UserError(
                 f"--num-epochs {self.num_epochs} goes on after --lr-decay-epochs {self.lr_decay_epochs}, where the "
                 "learning rate is 0; raise the latter"
             )
-        if not self.lr > 0:
-            raise UserError(f"--lr is {self.lr}; it must be positive")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise UserError(f"--scale is {self.scale[0]} {self.scale[1]}; give the smaller factor first, above 0")
-        if self.crop is not None and min(self.crop) < MIN_HEIGHT:
-            raise UserError(f"--crop is {self.crop[0]} {self.crop[1]}; the four stages need at least {MIN_HEIGHT}")
-        for name in ("jitter", "ema", "dropout", "drop_path_rate", "betas"):
-            value = getattr(self, name)
-            if not all(0 <= part < 1 for part in (value if isinstance(value, tuple) else (value,))):
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 0 and below 1")
+        if not self.scale[0] <= self.scale[1]:
+            raise UserError(f"{self._flag('scale')}; give the smaller factor first")
         if self.published_shift and (self.scale != (1.0, 1.0) or self.crop or self.loss_size == "full"):
             raise UserError(
                 "--published-shift knows quarter-size labels alone; leave out --scale, --crop and --loss-size full"
             )
+
+    def require(self, *names: str, least: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> None:
+        """Raise UserError for a number out of range, or a tuple with one; None is welcome."""
+        for name in names:
+            if not all(least <= part and above < part < below for part in self._parts(name)):
+                bounds = {"at least": least, "above": above, "below": below}
+                must = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
+                raise UserError(f"{self._flag(name)}; it must be {must}")
+
+    def _parts(self, name: str) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        return () if value is None else value if isinstance(value, tuple) else (value,)
+
+    def _flag(self, name: str) -> str:
+        return f"--{name.replace('_', '-')} is {' '.join(map(str, self._parts(name)))}"
 
     @classmethod
     def preset(cls, recipe: str) -> dict[str, Any]:
@@ -192,12 +193,11 @@ class TrainingOptions:
     @classmethod
     def defaults(cls, arguments: list[str]) -> Self | None:
         """The options with the defaults of the recipe that the arguments name."""
-        words = [word for argument in arguments for word in argument.split("=", 1)]
-        names = [name for flag, name in itertools.pairwise(words) if flag == "--recipe" and name in RECIPES]
-        if not names or not RECIPES[names[-1]]:
+        recipe = last_value(arguments, "--recipe")
+        if not RECIPES.get(recipe):
             return None
         required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
-        return cls(**dict.fromkeys(required, tyro.MISSING), **cls.preset(names[-1]))
+        return cls(**dict.fromkeys(required, tyro.MISSING), **cls.preset(recipe))
 
     @property
     def recipe_batch_size(self) -> int:
@@ -210,9 +210,11 @@ class TrainingOptions:
         if self.normalisation == "imagenet" or (self.normalisation == "auto" and encoder_alone):
             model.normalisation = IMAGENET
 
-    def new_model(self, name: str, num_classes: int) -> SegmentationModel:
+    def new_model(self, name: str, classes: Classes) -> SegmentationModel:
         """The network that is to learn, from random weights."""
-        return create_model(name, num_classes, drop_path_rate=self.drop_path_rate, dropout=self.dropout)
+        model = create_model(name, classes.num_outputs, drop_path_rate=self.drop_path_rate, dropout=self.dropout)
+        model.class_names = classes.output_names
+        return model
 
     @property
     def run_dir(self) -> Path:
@@ -240,9 +242,9 @@ class StudentOptions(TrainingOptions):
     student_pretrained: bool = False
     """Start the student from its ImageNet encoder in ckpt_pretrained/."""
 
-    def student(self, num_classes: int) -> SegmentationModel:
+    def student(self, classes: Classes) -> SegmentationModel:
         """The student as it starts. Built first, so that one seed gives every method the same student."""
-        model = self.new_model(self.student_model, num_classes)
+        model = self.new_model(self.student_model, classes)
         path = self.student_weights
         if path is None and self.student_pretrained:
             path = pretrained_path(self.student_model)
@@ -280,10 +282,8 @@ class DistillationOptions(StudentOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise UserError(f"--temperature is {self.temperature}; it must be positive")
-        if not (self.logits_weight >= 0 and self.logits_temperature > 0):
-            raise UserError("--logits-weight can't be negative, and --logits-temperature must be positive")
+        self.require("embed_weights", "review_kd_loss_weight", "lambda_cwd", "logits_weight", least=0)
+        self.require("temperature", "logits_temperature", above=0)
         hcl = self.knowledge_distillation_loss == "hcl"
         if hcl and (self.lambda_cwd, self.temperature) != (1.0, 1.0):
             raise UserError("--lambda-cwd and --temperature are CWloss's and KL's; hcl has --review-kd-loss-weight")
@@ -307,11 +307,16 @@ class DistillationOptions(StudentOptions):
             "embed_weights": self.embed_weights if self.embed == 5 else (1.0,) * len(self.stages),
         }
 
-    def teacher(self, num_classes: int) -> SegmentationModel:
-        """The trained teacher; it may have other classes than the data where its logits enter no loss.
+    @property
+    def compares_logits(self) -> bool:
+        """Whether the teacher's logits count: in a loss, or in a measurement."""
+        return self.validate_teacher or self.logits_weight > 0
+
+    def teacher(self, classes: Classes) -> SegmentationModel:
+        """The trained teacher; it may have other classes than the data where its logits don't count.
 
         Raises:
-            UserError: no weights, weights of another model, or other classes with --validate-teacher.
+            UserError: no weights, weights of another model, or other classes where its logits count.
         """
         suffix = "th" if self.teacher_model.startswith("pvt") else "pth"  # as released
         name = f"{self.teacher_model.replace('_', '')}_teacher_{self.dataset.lower()}.{suffix}"
@@ -326,8 +331,8 @@ class DistillationOptions(StudentOptions):
                 f"{path} does not fit {self.teacher_model}; it looks like {teacher.name}: "
                 f"add --teacher-model {teacher.name}, or name another file with --teacher-weights"
             )
-        if self.validate_teacher and teacher.num_classes not in (num_classes, num_classes - 1):
-            raise UserError(f"{path} has {teacher.num_classes} classes of another kind; leave --validate-teacher out")
+        if self.compares_logits:
+            classes.require(path, teacher.num_classes, teacher.class_names)
         return teacher
 
 
@@ -337,3 +342,9 @@ def pretrained_path(model: str) -> Path:
     if not path.is_file():
         raise UserError(f"no ImageNet weights at {path}; ckpt_pretrained/README.md says where to get them")
     return path
+
+
+def last_value(arguments: list[str], flag: str) -> str:
+    """What a flag is given on the command line, the last time; empty if it isn't."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    return next((value for name, value in reversed(list(itertools.pairwise(words))) if name == flag), "")

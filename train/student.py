@@ -32,7 +32,7 @@ class Options(StudentOptions):
 
 def main(options: Options) -> None:
     setup = start(options)
-    student = options.student(setup.classes.num_outputs)
+    student = options.student(setup.classes)
     train(Distiller(student, setup.classes.weights), setup, options)
 
 

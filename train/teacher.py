@@ -40,7 +40,7 @@ class Options(TrainingOptions):
 
 def main(options: Options) -> None:
     setup = start(options)
-    teacher = options.new_model(options.teacher_model, setup.classes.num_outputs)
+    teacher = options.new_model(options.teacher_model, setup.classes)
     start_from = None if options.from_scratch else options.teacher_weights or pretrained_path(options.teacher_model)
     options.load_start(teacher, start_from)
     train(Distiller(teacher, setup.classes.weights), setup, options)

@@ -1,7 +1,7 @@
-"""Channel-wise distillation (CWD): Shu et al., ICCV 2021, on logits and on features.
+"""Channel-wise distillation (CWD) on features: Shu et al., ICCV 2021 (arXiv 2011.13256). On logits: see `methods`.
 
 Each channel's map becomes a distribution over space, so that the student learns where a channel is strong and not how
-strong it is. Weights and temperature are those of that paper.
+strong it is.
 """
 
 from collections.abc import Sequence
@@ -9,34 +9,20 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from models.base import SegmentationModel, SegmentationOutput
-from models.distillation.distiller import Distiller
+from models.distillation.distiller import Distiller, require_wider
 from models.distillation.losses import channel_wise_divergence
-from models.distillation.response import LogitDistiller
-
-
-class ChannelWiseLogits(LogitDistiller):
-    """CWD on the logits: a channel is a class."""
-
-    def __init__(
-        self,
-        student: SegmentationModel,
-        class_weights: Sequence[float] | None,
-        *,
-        teacher: SegmentationModel,
-        weight: float = 3.0,
-        temperature: float = 4.0,
-    ) -> None:
-        super().__init__(student, class_weights, teacher=teacher, weight=weight, temperature=temperature)
-
-    def distillation_losses(
-        self, images: Tensor, student: SegmentationOutput, teacher: SegmentationOutput
-    ) -> dict[str, Tensor]:
-        s, t = self.logits(student, teacher)
-        return {"cwd_logits": self.weight * channel_wise_divergence([s], [t], self.temperature)}
 
 
 class ChannelWiseFeatures(Distiller):
-    """CWD on the last feature map F4, which a 1×1 convolution brings to the teacher's width."""
+    """CWD on the last feature map F4, which a 1×1 convolution brings to the teacher's width.
+
+    The authors' code compares the maps behind PSPNet's pooling module, which SegFormer has not, and follows the
+    convolution by BatchNorm and ReLU. Weight and temperature are this project's defaults; their code leaves both to its
+    caller.
+
+    Raises:
+        UserError: the teacher is narrower than the student.
+    """
 
     def __init__(
         self,
@@ -48,6 +34,7 @@ class ChannelWiseFeatures(Distiller):
         temperature: float = 4.0,
     ) -> None:
         super().__init__(student, class_weights, teacher=teacher)
+        require_wider(teacher, student)
         self.weight, self.temperature = weight, temperature
         self.projection = nn.Conv2d(student.channels[-1], teacher.channels[-1], 1)
 

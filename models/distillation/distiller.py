@@ -17,6 +17,7 @@ from models.distillation.losses import (
 from models.distillation.pea import PatchEmbeddingAlignment
 
 FeatureLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+LogitLoss = Callable[[Sequence[Tensor], Sequence[Tensor], float], Tensor]
 
 
 class Distiller(nn.Module):
@@ -24,7 +25,7 @@ class Distiller(nn.Module):
 
     total = CE + feature_weight · feature_loss(CSF(F^S), F^T) + Σ_i w_i · MSE(P_i, E_i^T)
 
-    and, after `distil_logits`, + logits_weight · KL(teacher‖student) of the class probabilities.
+    and the losses between logits that `distil_logits` adds.
 
     `distiller.student.state_dict()` is the deployable model. Without a teacher it is plain supervised training:
     teachers and students alone are trained by the same loop.
@@ -40,11 +41,10 @@ class Distiller(nn.Module):
         embed_weights: w_i of the aligned stages, in their order.
 
     Raises:
-        UserError: the teacher is narrower than the student.
+        UserError: the teacher is narrower than the student, and there is a fusion or an alignment.
     """
 
     needs_teacher_logits = False  # TransKD's losses don't; without them the teacher's decode head does not run
-    logits_weight, logits_temperature = 0.0, 1.0
     class_weights: Tensor
 
     def __init__(
@@ -61,13 +61,12 @@ class Distiller(nn.Module):
         embed_weights: Sequence[float] = (0.1, 0.1, 0.5, 1.0),
     ) -> None:
         super().__init__()
-        if teacher is not None and any(t < s for s, t in zip(student.channels, teacher.channels, strict=True)):
-            raise UserError(
-                f"the teacher {teacher.name} is narrower than the student {student.name}; choose a wider one"
-            )
+        if teacher is not None and (fusion is not None or alignment is not None):
+            require_wider(teacher, student)
         self.student, self.fusion, self.alignment = student, fusion, alignment
         self.feature_loss, self.feature_loss_name = feature_loss, feature_loss_name
         self.feature_weight, self.embed_weights = feature_weight, tuple(embed_weights)
+        self.logit_losses: dict[str, tuple[LogitLoss, float, float]] = {}
         weights = class_weights or (1.0,) * (student.num_classes - 1) + (0.0,)
         self.register_buffer("class_weights", torch.tensor(weights), persistent=False)
         # Not a submodule: it is neither trained nor saved nor counted.
@@ -75,32 +74,40 @@ class Distiller(nn.Module):
 
     teacher: SegmentationModel | None
 
-    def distil_logits(self, weight: float, temperature: float = 1.0) -> None:
-        """Add the divergence of the class probabilities, softened by `temperature`, to whatever else is distilled.
+    def distil_logits(
+        self,
+        weight: float = 1.0,
+        temperature: float = 1.0,
+        *,
+        loss: LogitLoss = pixel_wise_divergence,
+        name: str = "logits",
+    ) -> None:
+        """Add a loss between the logits of the classes that count, softened by `temperature`, to what else there is.
+
+        By default it is KL(teacher‖student) of each pixel's class probabilities (Hinton et al., arXiv 1503.02531).
 
         Raises:
             UserError: there is no teacher, or it tells other classes apart than the student.
         """
-        self.require_teacher_logits("name another teacher, or give --logits-weight 0")
-        self.logits_weight, self.logits_temperature = weight, temperature
-
-    def require_teacher_logits(self, otherwise: str = "name another teacher") -> None:
-        """Let the teacher's decode head run. Raises UserError as `distil_logits`."""
         if self.teacher is None:
-            raise UserError(f"a student alone has no teacher whose logits it could learn; {otherwise}")
+            raise UserError("a student alone has no teacher whose logits it could learn; name one, or distil no logits")
         s, t = self.student.num_classes, self.teacher.num_classes
         if t not in (s - 1, s):  # some networks have no output for "ignore"
             raise UserError(
                 f"the teacher has {t} outputs and the student {s}, and logits can only be distilled between networks "
-                f"of the same classes; {otherwise}"
+                "of the same classes; name another teacher, or distil no logits"
             )
         self.needs_teacher_logits = True
+        self.logit_losses[name] = loss, weight, temperature
 
-    def logits(self, student: SegmentationOutput, teacher: SegmentationOutput) -> tuple[Tensor, Tensor]:
-        """Both networks' logits of the classes that count, (B, classes, h, w): "ignore" is no class to learn."""
+    def compare_logits(self, student: SegmentationOutput, teacher: SegmentationOutput) -> dict[str, Tensor]:
+        """The losses that `distil_logits` added, between the classes that count: "ignore" is no class to learn."""
+        if not self.logit_losses:
+            return {}
         assert student.logits is not None and teacher.logits is not None
         classes = self.student.num_classes - 1
-        return student.logits[:, :classes], teacher.logits[:, :classes]
+        s, t = student.logits[:, :classes], teacher.logits[:, :classes]
+        return {name: weight * loss([s], [t], T) for name, (loss, weight, T) in self.logit_losses.items()}
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One training step's losses by name, weighted: their sum is the total.
@@ -116,9 +123,7 @@ class Distiller(nn.Module):
             with torch.no_grad():
                 teacher = self.teacher(images, logits=self.needs_teacher_logits)
             losses |= self.distillation_losses(images, student, teacher)
-            if self.logits_weight:
-                s, t = self.logits(student, teacher)
-                losses["logits"] = self.logits_weight * pixel_wise_divergence([s], [t], self.logits_temperature)
+            losses |= self.compare_logits(student, teacher)
         return losses
 
     def distillation_losses(
@@ -139,3 +144,9 @@ class Distiller(nn.Module):
         if self.teacher is not None:
             self.teacher._apply(fn, recurse)  # .to(device) and the like take the teacher along
         return super()._apply(fn, recurse)
+
+
+def require_wider(teacher: SegmentationModel, student: SegmentationModel) -> None:
+    """Raise UserError if a stage of the teacher is narrower than the student's, which is then projected down."""
+    if any(t < s for s, t in zip(student.channels, teacher.channels, strict=True)):
+        raise UserError(f"the teacher {teacher.name} is narrower than the student {student.name}; choose a wider one")

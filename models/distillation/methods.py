@@ -1,7 +1,7 @@
 """Every method by name: the paper's, its ablations, its baselines. A new one is a file here and a line in METHODS."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,13 +11,13 @@ from torch import nn
 from cli import UserError
 from models.base import SegmentationModel
 from models.distillation.csf import CrossSelectiveFusion
-from models.distillation.cwd import ChannelWiseFeatures, ChannelWiseLogits
-from models.distillation.distiller import Distiller
+from models.distillation.cwd import ChannelWiseFeatures
+from models.distillation.distiller import Distiller, LogitLoss
 from models.distillation.embedding_assistant import EmbeddingAssistant
 from models.distillation.gl_ea import MixerWithAssistant
 from models.distillation.gl_mixer import GLMixer
+from models.distillation.losses import channel_wise_divergence, pixel_wise_divergence
 from models.distillation.pea import ALL_STAGES, PatchEmbeddingAlignment
-from models.distillation.response import ResponseDistiller
 from models.distillation.review import ReviewFusion
 from models.distillation.skd import PairwiseDistiller
 
@@ -33,12 +33,27 @@ class Settings:
     baseline: Mapping[str, float] = field(default_factory=dict)
     """Arguments of a baseline that differ from its own defaults: weight, temperature."""
 
+    def refuse_others(self, *, fusion: object = None, alignment: object = None, baseline: Collection[str] = ()) -> None:
+        """Raise UserError for a setting of what a method with these parts alone doesn't have."""
+        defaults = inspect.signature(Distiller).parameters
+        changed = {name for name, value in self.losses.items() if value != defaults[name].default}
+        unused = [f"--kd-{name}" for name in sorted(self.baseline.keys() - set(baseline))]
+        if fusion is None and changed - {"embed_weights"}:
+            unused.append("--knowledge-distillation-loss or weight of it")
+        if alignment is None and self.stages and (tuple(self.stages) != ALL_STAGES or "embed_weights" in changed):
+            unused.append("--embed or --embed-weights")
+        if unused:
+            raise UserError(f"this method has no {', no '.join(unused)}; leave it out")
+
 
 Method = Callable[[SegmentationModel, SegmentationModel, Sequence[float] | None, Settings], Distiller]
 
 
 def transkd(fusion: Callable[..., nn.Module] | None, alignment: Callable[..., Any] | None) -> Method:
-    """Feature maps through `fusion`, patch embeddings through `alignment`; both made from the two models' widths."""
+    """Feature maps through `fusion`, patch embeddings through `alignment`; both made from the two models' widths.
+
+    `--embed 0` leaves CSF alone of TransKD-Base; of other methods it would leave out what they are about.
+    """
 
     def build(
         student: SegmentationModel,
@@ -46,8 +61,9 @@ def transkd(fusion: Callable[..., nn.Module] | None, alignment: Callable[..., An
         class_weights: Sequence[float] | None,
         settings: Settings,
     ) -> Distiller:
-        if settings.baseline:
-            raise UserError(f"this method has no {_flags(settings.baseline)}; leave it out")
+        settings.refuse_others(fusion=fusion, alignment=alignment)
+        if alignment and not settings.stages and (fusion is None or alignment is not PatchEmbeddingAlignment):
+            raise UserError("--embed 0 leaves out what this method is about; align a stage, or take --method csf")
         channels = student.channels, teacher.channels
         return Distiller(
             student,
@@ -61,6 +77,23 @@ def transkd(fusion: Callable[..., nn.Module] | None, alignment: Callable[..., An
     return build
 
 
+def logits(name: str, loss: LogitLoss, **defaults: float) -> Method:
+    """A loss between the logits alone."""
+
+    def build(
+        student: SegmentationModel,
+        teacher: SegmentationModel,
+        class_weights: Sequence[float] | None,
+        settings: Settings,
+    ) -> Distiller:
+        settings.refuse_others(baseline=("weight", "temperature"))
+        distiller = Distiller(student, class_weights, teacher=teacher)
+        distiller.distil_logits(**defaults | dict(settings.baseline), loss=loss, name=name)
+        return distiller
+
+    return build
+
+
 def baseline(distiller: type[Distiller]) -> Method:
     """A distiller with losses of its own."""
 
@@ -70,13 +103,18 @@ def baseline(distiller: type[Distiller]) -> Method:
         class_weights: Sequence[float] | None,
         settings: Settings,
     ) -> Distiller:
-        if unknown := settings.baseline.keys() - inspect.signature(distiller).parameters:
-            raise UserError(f"this method has no {_flags(unknown)}; leave it out")
+        settings.refuse_others(baseline=inspect.signature(distiller).parameters)
         return distiller(student, class_weights, teacher=teacher, **settings.baseline)  # type: ignore[arg-type]
 
     return build
 
 
+# Weights and temperatures are this project's; the authors of SKD and CWD weigh class probabilities by 10 (T = 1), and
+# leave CWD's two to the caller of their code.
+LOGITS: dict[str, Method] = {
+    "response": logits("response", pixel_wise_divergence, weight=1.0, temperature=1.0),
+    "cwd_logits": logits("cwd_logits", channel_wise_divergence, weight=3.0, temperature=4.0),
+}
 METHODS: dict[str, Method] = {
     # name: feature maps, patch embeddings
     "transkd_base": transkd(CrossSelectiveFusion, PatchEmbeddingAlignment),
@@ -88,12 +126,7 @@ METHODS: dict[str, Method] = {
     "pea": transkd(None, PatchEmbeddingAlignment),
     "ea": transkd(None, EmbeddingAssistant),
     "reviewkd": transkd(ReviewFusion, None),
-    "response": baseline(ResponseDistiller),
     "cwd": baseline(ChannelWiseFeatures),
-    "cwd_logits": baseline(ChannelWiseLogits),
     "skd": baseline(PairwiseDistiller),
+    **LOGITS,
 }
-
-
-def _flags(names: Any) -> str:
-    return " or ".join(f"--kd-{name}" for name in sorted(names))

@@ -14,14 +14,18 @@ from models.distillation.losses import full_precision
 def pairwise_similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error of the cosine similarities between all pairs of places in a map.
 
-    Similarities don't depend on the width, so nothing has to be projected.
+    As in the authors' code the maps are max-pooled first, by windows of half their height and width (2×2 places, 3
+    where a side is odd), and the norms take no part in the gradient. Similarities don't depend on the width, so
+    nothing has to be projected.
 
     Args:
         student, teacher: (B, C_S, h, w) and (B, C_T, h, w).
     """
 
     def similarities(x: Tensor) -> Tensor:
-        x = F.normalize(full_precision(x).flatten(2), dim=1)  # (B, C, N)
+        window = max(x.shape[2] // 2, 1), max(x.shape[3] // 2, 1)
+        x = F.max_pool2d(full_precision(x), window, ceil_mode=True).flatten(2)  # (B, C, N)
+        x = x / x.norm(dim=1, keepdim=True).detach().clamp_min(1e-8)
         return x.transpose(1, 2) @ x  # (B, N, N)
 
     with torch.autocast(student.device.type, enabled=False):
@@ -29,7 +33,11 @@ def pairwise_similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class PairwiseDistiller(Distiller):
-    """Which places of the last feature map F4 look alike; `weight` is that of the paper."""
+    """Which parts of the last feature map F4 look alike.
+
+    The authors' code compares the map behind PSPNet's pooling module, which SegFormer has not; `weight` is that of its
+    training script.
+    """
 
     def __init__(
         self,
@@ -37,7 +45,7 @@ class PairwiseDistiller(Distiller):
         class_weights: Sequence[float] | None,
         *,
         teacher: SegmentationModel,
-        weight: float = 10.0,
+        weight: float = 0.5,
     ) -> None:
         super().__init__(student, class_weights, teacher=teacher)
         self.weight = weight
