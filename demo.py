@@ -20,6 +20,7 @@ from datasets import open_split
 from eval.records import read_json
 from eval.rendering import colorize, legend, side_by_side
 from eval.report import Run, write_report
+from train.run_folder import holds_run
 
 ROOT = Path(__file__).resolve().parent
 
@@ -121,7 +122,7 @@ def main(options: Options) -> None:
 
 def train(script: str, run: Path, options: Options, epochs: int, *flags: object) -> None:
     """Train, or go on with a training that was interrupted."""
-    resume = ("--resume",) if (run / "last.pt").exists() else ()
+    resume = ("--resume",) if holds_run(run) else ()
     python(
         *(f"train/{script}", "--datadir", options.output_dir / "data" / "cityscapes", "--output-dir", run),
         *("--height", options.height, "--num-workers", 0, "--batch-size", options.batch_size, "--seed", options.seed),

@@ -24,6 +24,7 @@ import cli
 from benchmarks.cases import CASES
 from benchmarks.gpu import gpu
 from benchmarks.measure import FULL, QUICK, Row, machine
+from eval.options import claim_file
 
 ALL = CASES | {"gpu": gpu}
 
@@ -85,8 +86,8 @@ def described(facts: dict[str, Any]) -> str:
 
 
 def main(options: Options) -> None:
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise cli.UserError(f"no folder {options.json.parent} for --json; make it first")
+    if options.json is not None:
+        claim_file(options.json)
     sizes = QUICK if options.quick else FULL
     facts = machine()
     rows: list[Row] = []

@@ -44,11 +44,11 @@ from models.checkpoints import NO_NORMALISATION, load_model, read_facts, save_mo
 from models.layouts.huggingface import huggingface_shape, to_huggingface
 from models.layouts.mmsegmentation import to_mmseg
 from models.model_card import model_card, read_run
+from models.pyramid import MIN_HEIGHT
 from models.segformer import CONFIGS, SegFormer
 
 Network = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, C, h, w), or classes (B, h, w)
 
-MIN_HEIGHT = 64  # stage 4 then has two rows
 SIZES = ((2, 3, 64, 96), (1, 3, 97, 131))  # on which an export must agree with ours
 EXTRA = "pip install -r requirements-export.txt"
 

@@ -1,8 +1,10 @@
 """The model card of an exported network: what it is, how well it does, and how it was made, as far as that is known."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cli import UserError
+from eval.records import read_json, read_records
 
 if TYPE_CHECKING:
     from models.export import Export
@@ -118,10 +120,10 @@ def training(method: str | None) -> str:
 def read_run(weights: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The options and the records of the run in whose folder the weights lie; both empty where there is none."""
     try:
-        options = json.loads((weights.parent / "options.json").read_text())
-        lines = (weights.parent / "metrics.jsonl").read_text().splitlines()
-        record = [json.loads(line) for line in lines]
-    except (OSError, ValueError):  # no run's folder, or it was damaged
+        options, record = read_json(weights.parent / "options.json"), read_records(weights.parent / "metrics.jsonl")
+    except UserError:  # no run's folder, or it was damaged
+        return {}, []
+    if options is None:
         return {}, []
     same = all(options.get(key) == facts.get(key) for key in ("method", "dataset"))
     return (options, record) if same and "method" in facts else ({}, [])

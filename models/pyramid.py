@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from models.linear import Linear
 
+MIN_HEIGHT = 64  # of an image: stage 4 then has two rows
+
 
 @dataclass(frozen=True)
 class PyramidConfig:

@@ -52,7 +52,7 @@ def beside(weights: Path, **options: object) -> Path:
     written = {"method": "TransKD_EA", "dataset": "ACDC", "lr": 6e-05, "teacher_model": "segformer_b2", "height": 96}
     (folder / "options.json").write_text(json.dumps(written | {"datadir": "/home/someone/data"} | options))
     events = [
-        {"event": "start", "revision": "f00d", "device": "NVIDIA X", "versions": {"torch": "2.13.0"}},
+        {"event": "start", "step": 0, "revision": "f00d", "device": "NVIDIA X", "versions": {"torch": "2.13.0"}},
         {"event": "val", "step": 7, "per_class": {"road": 0.9, "train": None}},
         {"event": "val", "step": 8, "per_class": {"road": 0.1}},
     ]

@@ -193,17 +193,19 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
             tracker.say(f"teacher: val mIoU {validate(distiller.teacher, 'teacher'):.2%}")
 
         saved = time.monotonic()
+        class_weights = distiller.class_weights.cpu()  # once: a step must not wait for the device
         try:
             while state.step < total_steps:
                 distiller.train()
                 for group in grouped(batches(state.epoch, state.batch), options.accumulate):
                     schedule.set(state.epoch, state.step)
                     optimizer.zero_grad(set_to_none=True)
-                    for batch, share in zip(group, shares(group, distiller.class_weights, ranks), strict=True):
+                    for batch, share in zip(group, shares(group, class_weights, ranks), strict=True):
                         with ranks.averaging(learner, batch is group[-1]):
                             with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                                 losses = learner(*to_device(batch, device))
-                            losses = {name: share[int(name != "ce")] * loss for name, loss in losses.items()}
+                            if share is not None:
+                                losses = {name: share[int(name != "ce")] * loss for name, loss in losses.items()}
                             total = torch.stack(list(losses.values())).sum() / len(group)
                             total.backward()
                         tracker.add(losses, batch.indices)
@@ -279,15 +281,15 @@ def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
-def shares(group: list[Batch], class_weights: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """How much each part of a global batch counts, (parts, 2): first for cross entropy, then for all other losses.
+def shares(group: list[Batch], weights: torch.Tensor, ranks: Ranks) -> Iterable[torch.Tensor | None]:
+    """How much each part of a global batch counts, (2,): first for cross entropy, then for all other losses.
 
     Losses are averaged over parts and ranks. But a part may hold fewer images than the others, and cross entropy is an
     average over pixels weighted by their class. Multiplied by these, the averages are those of the whole batch.
+    None for a batch in one part, which counts as it is. `weights` are the classes', on the host like the labels.
     """
     if len(group) == ranks.world_size == 1:
-        return torch.ones(1, 2, device=ranks.device)
-    weights = class_weights.cpu()
+        return [None]
     counted = [
         torch.bincount(batch.labels.flatten(), minlength=len(weights)).double() @ weights.double() for batch in group
     ]

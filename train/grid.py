@@ -26,7 +26,7 @@ from eval.options import IoUOptions
 from eval.records import read_json, read_records
 from models import SegmentationModel, load_model
 from train.options import ROOT, TrainingOptions
-from train.run_folder import CHECKPOINTS, FREE
+from train.run_folder import FREE, holds_run
 
 T = TypeVar("T")
 GRIDS = ROOT / "train" / "grids"
@@ -216,7 +216,7 @@ class Job:
     @property
     def begun(self) -> bool:
         """Whether there is a checkpoint to go on from."""
-        return any((self.folder / name).exists() for name in CHECKPOINTS)
+        return holds_run(self.folder)
 
     @property
     def log(self) -> Path:

@@ -19,10 +19,10 @@ from models import SegmentationModel, create_model, load_backbone, load_model
 from models.checkpoints import IMAGENET
 from models.distillation.losses import FEATURE_LOSSES
 from models.factory import MODELS
+from models.pyramid import MIN_HEIGHT
 from train.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
-MIN_HEIGHT = 64  # stage 4 then has two rows
 
 
 @dataclass(kw_only=True)

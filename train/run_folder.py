@@ -74,12 +74,12 @@ class RunFolder:
             raise UserError(f"another run writes into {self.path}; choose another --output-dir") from error
         except OSError as error:
             raise UserError(f"can't write to {self.path} ({error.strerror}); choose another --output-dir") from error
-        holds_run = any((self.path / name).exists() for name in CHECKPOINTS)
-        if holds_run and not options.resume:
+        begun = holds_run(self.path)
+        if begun and not options.resume:
             raise UserError(
                 f"{self.path} already holds a run; add --resume to go on with it, or choose another --output-dir"
             )
-        if options.resume and not holds_run:
+        if options.resume and not begun:
             raise UserError(f"no checkpoint in {self.path} to go on from; leave --resume out to start a run")
         if not options.resume:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
@@ -125,6 +125,11 @@ class RunFolder:
                         link.hardlink_to(path)
                     except OSError:  # a file system without links
                         shutil.copyfile(path, link)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was begun there that can be taken up."""
+    return any((folder / name).exists() for name in CHECKPOINTS)
 
 
 def load_checkpoint(run_dir: Path) -> dict[str, Any]:
