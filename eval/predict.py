@@ -135,7 +135,8 @@ def main(options: Options) -> None:
         except video.UnreadableError as error:
             warn(source, f"{source} cannot be read as a video: {error}")
     if failed:
-        raise UserError(f"{len(failed)} of {len(inputs)} inputs can't be read: {failed[0]}" + " …" * (len(failed) > 1))
+        first = min(failed, key=list(inputs).index)  # they were read side by side
+        raise UserError(f"{len(failed)} of {len(inputs)} inputs can't be read: {first}" + " …" * (len(failed) > 1))
     counts = {"photographs": len(photographs), "videos": len(videos)}
     done = ", ".join(
         f"{count} {name.removesuffix('s') if count == 1 else name}" for name, count in counts.items() if count
