@@ -242,7 +242,7 @@ def find_inputs(inputs: Iterable[str]) -> dict[Path, Path]:
         if not new:
             kinds = ", ".join(SUFFIXES + video.SUFFIXES)
             raise UserError(f"{name} is no photograph, no video, and no folder or pattern of some ({kinds})")
-        found = new | found
+        found |= {file: name for file, name in new.items() if file not in found}
     return found
 
 
