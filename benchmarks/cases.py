@@ -32,7 +32,13 @@ class Step:
     """A method's training step on random images, ours or the published way; a call makes one and returns its losses."""
 
     def __init__(
-        self, method: str, other: bool, sizes: Sizes, device: str = "cpu", bf16: bool = False, compiled: bool = False
+        self,
+        method: str,
+        other: bool,
+        sizes: Sizes,
+        device: str = "cpu",
+        bf16: bool = False,
+        compile_mode: str | None = None,
     ) -> None:
         torch.manual_seed(0)
         student, teacher = create_model("segformer_b0"), create_model("segformer_b2")
@@ -44,8 +50,8 @@ class Step:
         self.distiller, self.other, self.bf16 = distiller.to(device if other else find_device(device)), other, bf16
         if other:
             teacher.requires_grad_(True)
-        if compiled:
-            distiller.compile()
+        if compile_mode:
+            distiller.compile(dynamic=False, mode=compile_mode)
         self.optimizer = AdamW(distiller.parameters(), lr=6e-5, fused=not other)
         h, w = sizes.height, 2 * sizes.height
         self.images = torch.rand(sizes.batch, 3, h, w).to(device)

@@ -27,7 +27,7 @@ class Setup:
 
     device: str = "cuda"
     bf16: bool = True
-    compiled: bool = True
+    compile_modes: tuple[str, ...] = ("default", "reduce-overhead")  # the second replays CUDA graphs
     batches: tuple[int, ...] = (2, 8, 16)
     warmup: int = 5  # compilation, cuDNN's search
     repeats: int = 20
@@ -53,25 +53,27 @@ def seconds(run: Run, setup: Setup) -> tuple[float, ...]:
     return tuple(times[setup.warmup :])
 
 
-def step_cost(other: bool, sizes: Sizes, setup: Setup) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def step_cost(
+    other: bool, sizes: Sizes, setup: Setup, compile_mode: str | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Seconds of every training step and the most bytes it took; () on a CPU, or both where memory ran out."""
     cuda = setup.device == "cuda"
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        step = Step(METHOD, other, sizes, setup.device, setup.bf16 and not other, setup.compiled and not other)
+        step = Step(METHOD, other, sizes, setup.device, setup.bf16 and not other, compile_mode)
         return seconds(step, setup), (torch.cuda.max_memory_allocated(),) if cuda else ()
     except torch.OutOfMemoryError:
         return (), ()
 
 
-def loaded_rate(sizes: Sizes, setup: Setup) -> float:
+def loaded_rate(sizes: Sizes, setup: Setup, compile_mode: str | None) -> float:
     """Images a second of training with reading, augmentation and transfer; the epoch in which it warms up left out."""
     with tempfile.TemporaryDirectory() as folder:
         scenes = drawn_scenes(Path(folder), replace(sizes, pixels=sizes.height), setup.images)
         scenes.augment = Augmentation()
-        step = Step(METHOD, False, sizes, setup.device, setup.bf16, setup.compiled)
+        step = Step(METHOD, False, sizes, setup.device, setup.bf16, compile_mode)
         for epoch in range(2):
             batches = training_batches(
                 scenes,
@@ -102,23 +104,28 @@ def gpu(sizes: Sizes, setup: Setup | None = None) -> Iterator[Row]:
     shape = f"{sizes.height}×{2 * sizes.height}"
     for batch in setup.batches:
         sized = replace(sizes, batch=batch)
-        name = f"{METHOD} on {setup.device}: training step, batch {batch}, {shape}"
-        (ours, memory), (theirs, their_memory) = (step_cost(other, sized, setup) for other in (False, True))
+        theirs, their_memory = step_cost(True, sized, setup)
         note = "" if theirs else "out of memory"
-        yield Row(name, "published way, fp32", "time", ours, theirs, 6, batch, note)
-        yield Row(name, "published way, fp32", "memory", memory, their_memory)
-        rate = loaded_rate(sized, setup)
-        yield Row(
-            f"{METHOD} on {setup.device}: data loading included, batch {batch}, {shape}",
-            "",
-            ours=(batch / rate,),
-            items=batch,
-            note=f"1000 epochs of Cityscapes: {CITYSCAPES_RUN / rate / 3600:.0f} h",
-        )
+        for mode in setup.compile_modes or (None,):
+            about = f"batch {batch}, {shape}" + (f", compiled ({mode})" if mode else "")
+            name = f"{METHOD} on {setup.device}: training step, {about}"
+            ours, memory = step_cost(False, sized, setup, mode)
+            yield Row(name, "published way, fp32", "time", ours, theirs, 6, batch, note)
+            yield Row(name, "published way, fp32", "memory", memory, their_memory)
+            if not ours:
+                continue
+            rate = loaded_rate(sized, setup, mode)
+            yield Row(
+                f"{METHOD} on {setup.device}: data loading included, {about}",
+                "",
+                ours=(batch / rate,),
+                items=batch,
+                note=f"1000 epochs of Cityscapes: {CITYSCAPES_RUN / rate / 3600:.0f} h",
+            )
     student = create_model("segformer_b0").eval()
     models: list[nn.Module] = [student, published.HuggingFaceSegFormer(student, "sdpa")]
-    if setup.compiled:
-        models[0].compile()
+    if setup.compile_modes:
+        models[0].compile(dynamic=False, mode=setup.compile_modes[-1])
     for batch in (1, 16):
         images = torch.rand(batch, 3, sizes.height, 2 * sizes.height, device=setup.device)
         ours, theirs = (seconds(prediction(model.to(setup.device), images), setup) for model in models)

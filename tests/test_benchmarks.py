@@ -132,7 +132,7 @@ def test_both_sides_take_turns() -> None:
 
 
 def test_the_gpu_case_on_the_cpu() -> None:
-    setup = Setup("cpu", bf16=False, compiled=False, batches=(2,), warmup=0, repeats=1, workers=0, images=4)
+    setup = Setup("cpu", bf16=False, compile_modes=(), batches=(2,), warmup=0, repeats=1, workers=0, images=4)
     step, _, loaded, *evaluation = gpu(QUICK, setup)
     assert step.ratio and cells(step)[-1].endswith("images/s")
     assert "1000 epochs of Cityscapes" in loaded.note and loaded.ours[0] > 0

@@ -255,7 +255,14 @@ def test_values_out_of_range(name: str, value: object) -> None:
         TrainingOptions(datadir=Path(), **{name: value})
 
 
-@pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--compile",), ("--deterministic", "--no-tf32")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--precision", "bf16"),
+        ("--compile", "--compile-mode", "reduce-overhead"),
+        ("--deterministic", "--no-tf32"),
+    ],
+)
 def test_flags_of_speed(flags: tuple[str, ...], command: Command, scenes: Path, tmp_path: Path) -> None:
     """They change how a step is computed, not what: the loss is that of a plain run."""
     common = ("--datadir", scenes, "--max-steps", 1, "--drop-path-rate", 0, "--dropout", 0, *SMALL)

@@ -143,7 +143,8 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
         state = restore(options, ranks, distiller, optimizer, averaged)
     schedule = Schedule(optimizer, options, plan)
     if options.compile:
-        distiller.compile(dynamic=False)  # an epoch's odd last batch is compiled too, instead of slowing all others
+        # an epoch's odd last batch is compiled too, instead of slowing all others
+        distiller.compile(dynamic=False, mode=options.compile_mode)
     learner = ranks.wrap(distiller)
     total_steps = plan.total_steps(state.epoch, state.batch, state.step)
 

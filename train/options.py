@@ -130,6 +130,9 @@ class TrainingOptions:
     """On GPUs, let float32 matrix products use TF32."""
     compile: bool = False
     """Compile the training step with torch.compile."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """torch.compile's mode. The other two replay the step as CUDA graphs, for small batches, which a GPU computes
+    faster than it is told what to compute."""
     accumulate: int = 1
     """Split each batch into this many parts whose gradients add up, to save memory."""
     sync_batchnorm: bool = False
@@ -161,6 +164,11 @@ class TrainingOptions:
             raise UserError(
                 f"--num-epochs {self.num_epochs} goes on after --lr-decay-epochs {self.lr_decay_epochs}, where the "
                 "learning rate is 0; raise the latter"
+            )
+        if self.compile_mode != "default" and (not self.compile or self.accumulate > 1):
+            raise UserError(
+                f"{self._flag('compile_mode')}; it needs --compile, and goes with no --accumulate, "
+                "whose gradients the next replay of a CUDA graph would overwrite"
             )
         if not self.scale[0] <= self.scale[1]:
             raise UserError(f"{self._flag('scale')}; give the smaller factor first")
