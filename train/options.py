@@ -56,8 +56,8 @@ class TrainingOptions:
     num_epochs: int = 1000
     """Passes over the training images."""
     batch_size: int = 2
-    """Images a step, over all processes. A larger batch at the same number of epochs means fewer steps, and a lower
-    mIoU: a reader of the original trained at 10 instead of 2 and got 62.1 instead of 68.6."""
+    """Images a step, over all processes. A larger batch at the same number of epochs means fewer steps; a reader of
+    the original trained at 10 instead of 2 and got 62.1 instead of 68.6."""
     keep_steps: bool = False
     """Repeat epochs until as many steps are done as at this script's published batch."""
     max_steps: int | None = None
