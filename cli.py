@@ -24,7 +24,8 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
     """Parse the command line into `options`, call `main`, and turn mistakes into exit codes.
 
     The module's docstring is the manual that `--help` shows. A `UserError` ends in one line on stderr and exit
-    code 2, an interrupt in exit code 130. Anything else is a bug of ours and keeps its traceback.
+    code 2, an interrupt in exit code 130, a reader of our output that has left in 141. Anything else is a bug of ours
+    and keeps its traceback.
     """
     try:
         main(parse(options, sys.argv[1:], sys.modules[main.__module__].__doc__))
@@ -41,6 +42,9 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `… | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush would complain
+        sys.exit(141)
 
 
 def parse(options: type[T], arguments: Sequence[str], manual: str | None = None) -> T:

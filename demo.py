@@ -8,7 +8,7 @@ by naming a page that shows it all. Run again after an interruption, it goes on 
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ the student sees has little to add.
 On the {val} validation scenes the distilled student reaches **{distilled:.1f} % mIoU**, the student alone
 **{alone:.1f} %**, the teacher **{teacher:.1f} %** (classes that occur, quarter-size maps, last weights).
 
-Everything here was made by `make demo` in {minutes:.1f} minutes.
+Everything here was made by `make demo`.
 """
 
 
@@ -71,6 +71,7 @@ class Options:
 
 def main(options: Options) -> None:
     started = time.monotonic()
+    options = replace(options, output_dir=options.output_dir.absolute())  # the commands run in another folder
     out, data = options.output_dir, options.output_dir / "data"
     for name in ("cityscapes", "ACDC"):
         small = name == "ACDC"  # four weathers, to look at and to evaluate on
@@ -105,7 +106,6 @@ def main(options: Options) -> None:
         teacher=miou["teacher"],
         alone=miou["student alone"],
         distilled=miou["TransKD-Base"],
-        minutes=(time.monotonic() - started) / 60,
     )
     page = write_report(
         out / "report.html",

@@ -18,6 +18,7 @@ from cli import writing
 from eval.page import LIGHT
 
 COLORS = 8
+DASHES = ("-", "--", ":", "-.")  # of the first eight lines, of the next eight, …
 SMALL, LARGE = (3.6, 2.2), (7.4, 5.2)  # inches
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -70,7 +71,7 @@ class Chart:
         role = f'role="img" aria-label="{escape(self.title)}" style="{width}"'
         text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', role, text, count=1)
         text = re.sub(rf"""<g id=(["']){HOVER}(.*?)\1>""", r"<g><title>\2</title>", text)
-        text = re.sub(r' id="[a-z_.]+\d+"', "", text)  # names of groups, which no mark refers to by
+        text = re.sub(r' id="[a-z\d.]+_\d+"', "", text)  # names of groups; what marks refer to has no underscore
         for variable, color in LIGHT.items():
             text = text.replace(color, f"var(--{variable})")
         return text
@@ -85,11 +86,12 @@ class Chart:
         figure, path = self.figure, folder / f"{self.name}.png"
         figure.suptitle(self.title)
         if self.marks:
-            columns = max(1, int(figure.get_figwidth() // 2))
+            longest = 0.7 + 0.08 * max(map(len, self.marks))  # inches, about
+            columns = max(1, int(figure.get_figwidth() // longest))
             figure.set_figheight(figure.get_figheight() + 0.2 * ceil(len(self.marks) / columns))
             figure.legend([*self.marks.values()], [*self.marks], loc="outside lower center", ncols=columns)
-        with writing(path) as aside:
-            figure.savefig(aside, format="png", dpi=200, facecolor=LIGHT["card"])
+        with writing(path) as aside:  # tight: as wide as a name that is wider than the chart
+            figure.savefig(aside, format="png", dpi=200, facecolor=LIGHT["card"], bbox_inches="tight")
         return path
 
 
@@ -117,19 +119,19 @@ def line_chart(
         points = [(x, y) for x, y in points if isfinite(y)]
         if not points:
             continue
-        color = _color(colors[label])
+        color, dashes = _color(colors[label]), DASHES[colors[label] // COLORS % len(DASHES)]
         shown = points if dots else thin(points, 120)
         last = f"{label}: {shown[-1][1]:.4g}{unit} at step {shown[-1][0]:.0f}"
-        (marks[label],) = axes.plot(*zip(*shown, strict=True), color=color, gid=HOVER + last)
+        (marks[label],) = axes.plot(*zip(*shown, strict=True), color=color, linestyle=dashes, gid=HOVER + last)
         if dots and len(shown) <= 60:
             for x, y in shown:
                 axes.plot(x, y, "o", color=color, markersize=4, gid=f"{HOVER}{label}, step {x:.0f}: {y:.4g}{unit}")
     if not marks:
         return None
-    for label, value in (levels or {}).items():
+    for index, (label, value) in enumerate((levels or {}).items()):
         axes.axhline(value, color=LIGHT["soft"], linestyle="--", linewidth=1, gid=f"{HOVER}{label}")
         place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate(label, (0, value), xytext=(3, 3), color=LIGHT["soft"], **place)
+        axes.annotate(label, (0, value), xytext=(3 + 65 * index, 3), color=LIGHT["soft"], **place)
     axes.locator_params(**TICKS)
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)

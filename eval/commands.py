@@ -12,6 +12,7 @@ from datasets.classes import Encoding
 from eval.inference import Evaluation, evaluate, render
 from eval.metrics import percent
 from eval.options import OUTPUTS, ColorOptions, IoUOptions, claim_folder, open_model_and_data
+from models.checkpoints import read_facts
 
 PROTOCOLS = {
     "paper": "on quarter-size maps (paper)",
@@ -31,7 +32,8 @@ def score(dataset: str, options: IoUOptions) -> Evaluation:
         device=device,
     )
     title = f"{weights.name} on {dataset} {options.subset}, {evaluation.images} images"
-    Console().print(iou_table(evaluation, title))
+    print(title)  # not as the table's: it may be longer than the table is wide
+    Console().print(iou_table(evaluation))
     if options.json is not None:
         source = {
             "dataset": dataset,
@@ -39,6 +41,7 @@ def score(dataset: str, options: IoUOptions) -> Evaluation:
             "subset": options.subset,
             "height": options.height,
             "weights": str(weights),
+            "step": read_facts(weights).get("step"),  # of training, by which a report knows that it went on
         }
         write_json(source | evaluation.as_json() | evaluation.details(), options.json)
     return evaluation
@@ -52,7 +55,8 @@ def paint(dataset: str, options: ColorOptions) -> list[Path]:
         raise UserError("--overlay, --label-ids and --train-ids exclude each other; run the script once for each")
     ids: Encoding | None = "label_ids" if options.label_ids else "train_ids" if options.train_ids else None
     model, data, weights, device = open_model_and_data(options, dataset, require_labels=False)
-    folder = options.output_dir or OUTPUTS / "color" / weights.stem
+    run = [weights.absolute().parent.name] if (weights.parent / "options.json").is_file() else []
+    folder = options.output_dir or OUTPUTS.joinpath("color", *run, weights.stem)
     for place in {options.datadir, *(options.datadir / Path(sample.name).parts[0] for sample in data.samples)}:
         if folder.resolve().is_relative_to(place.resolve()):  # which may be a link
             raise UserError(f"--output-dir {folder} lies in the data set; choose another folder")
@@ -76,10 +80,10 @@ def paint(dataset: str, options: ColorOptions) -> list[Path]:
     return pictures
 
 
-def iou_table(evaluation: Evaluation, title: str) -> Table:
+def iou_table(evaluation: Evaluation) -> Table:
     """Per class and mean, in percent; one column for the split and one for each condition."""
     columns = {"all": evaluation, **evaluation.conditions}
-    table = Table(title=title, caption=f"IoU in % {PROTOCOLS[evaluation.protocol]}")
+    table = Table(caption=f"IoU in % {PROTOCOLS[evaluation.protocol]}")
     table.add_column("class")
     for name in columns:
         table.add_column(name if evaluation.conditions else "IoU", justify="right")

@@ -1,6 +1,7 @@
 """The flags of the evaluation scripts, and what they open: a model and a split."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,8 @@ import torch
 from cli import UserError, find_device
 from datasets import SceneDataset, open_split
 from models import load_model
+from models.checkpoints import read_facts
+from models.model_card import read_run
 
 OUTPUTS = Path(__file__).resolve().parents[1] / "outputs"
 
@@ -50,7 +53,8 @@ class IoUOptions(Options):
 @dataclass
 class ColorOptions(Options):
     output_dir: Path | None = None
-    """Where the pictures go, under the data set's own paths (default: outputs/color/WEIGHTS)."""
+    """Where the pictures go, under the data set's own paths (default: outputs/color/WEIGHTS, or for a run's weights
+    outputs/color/RUN/WEIGHTS)."""
     flat: bool = False
     """All pictures side by side in one folder, as the ACDC server takes them."""
     size: Literal["logits", "full"] = "logits"
@@ -96,7 +100,15 @@ def open_model_and_data(
     )
     model = load_model(weights).to(device)
     data.classes.require(weights, model.num_classes, model.class_names)
+    warn_of_height(weights, options.height)
     return model, data, weights, device
+
+
+def warn_of_height(weights: Path, height: int) -> None:
+    """Say so on stderr where the run, in whose folder the weights lie, saw images of another height."""
+    recipe, _ = read_run(weights, read_facts(weights))
+    if recipe.get("height") not in (None, height):
+        print(f"warning: {weights} was trained at --height {recipe['height']}, this is {height}", file=sys.stderr)
 
 
 def claim_file(path: Path) -> None:

@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 if __package__ in (None, ""):  # run from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -39,15 +39,17 @@ from torch import Tensor
 from cli import UserError, find_device, run
 from datasets import DATASETS, find_layout
 from datasets.classes import Classes
+from datasets.samples import files_below
 from datasets.scenes import read_image
 from datasets.transforms import resize_image, to_float
 from eval import rendering, video
 from eval.inference import progress_line, save_png, upsample
-from eval.options import claim_folder
+from eval.options import claim_folder, warn_of_height
 from models import load_model
 from models.export import OnnxNetwork
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+Kind = Literal["color", "overlay", "label_ids", "side_by_side"]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -62,7 +64,7 @@ class Options:
     """A checkpoint (ours or a released one), a Hugging Face folder, or an ONNX file that models.export wrote."""
     output_dir: Path
     """Where the pictures go."""
-    kinds: tuple[Literal["color", "overlay", "label_ids", "side_by_side"], ...] = ("color", "overlay")
+    kinds: tuple[Kind, ...] = ("color", "overlay")
     """Which pictures to write."""
     alpha: float = 0.5
     """Share of the colours in an overlay."""
@@ -92,13 +94,14 @@ def main(options: Options) -> None:
     if not 0 <= options.alpha <= 1:
         raise UserError(f"--alpha {options.alpha} is no share of colour; give 0 to 1")
     classes = find_layout(options.dataset).classes
-    inputs = find_inputs(options.inputs)
+    inputs = find_inputs(options.inputs, options.output_dir)
     photographs = [source for source in inputs if not is_video(source)]
     videos = [source for source in inputs if is_video(source)]
     if videos:
         video.import_av()
     targets = find_targets(inputs, options)
     network = open_network(options.weights, classes, options.device)
+    warn_of_height(options.weights, options.height)
     claim_folder(options.output_dir)
     failed: list[Path] = []
 
@@ -106,13 +109,19 @@ def main(options: Options) -> None:
         print(f"warning: {problem}", file=sys.stderr)
         failed.append(source)
 
-    def read(source: Path) -> Read | None:
+    def read(source: Path) -> Read | tuple[Path, UserError]:
         try:
             image = read_image(source, upright=True)
         except UserError as error:
-            warn(source, str(error))
-            return None
+            return source, error
         return source, image, to_pixels(image, options.height)
+
+    def readable(pictures: Iterable[Read | tuple[Path, UserError]]) -> Iterator[Read]:
+        for found in pictures:
+            if len(found) == 2:
+                warn(found[0], str(found[1]))  # here, not in a thread: in the inputs' order
+            else:
+                yield found
 
     def write(predicted: Predicted) -> None:
         source, photograph, labels = predicted
@@ -126,7 +135,7 @@ def main(options: Options) -> None:
             torch.inference_mode(),
         ):
             read_ahead = ahead(threads, read, photographs, 2 * options.batch_size + 4)
-            predicted = predict(network, read_ahead, options.batch_size, classes)
+            predicted = predict(network, readable(read_ahead), options.batch_size, classes)
             for _ in ahead(threads, write, predicted, 2 * options.batch_size + 8):
                 advance(1)
     for source in videos:
@@ -135,8 +144,7 @@ def main(options: Options) -> None:
         except video.UnreadableError as error:
             warn(source, f"{source} cannot be read as a video: {error}")
     if failed:
-        first = min(failed, key=list(inputs).index)  # they were read side by side
-        raise UserError(f"{len(failed)} of {len(inputs)} inputs can't be read: {first}" + " …" * (len(failed) > 1))
+        raise UserError(f"{len(failed)} of {len(inputs)} inputs can't be read: {failed[0]}" + " …" * (len(failed) > 1))
     counts = {"photographs": len(photographs), "videos": len(videos)}
     done = ", ".join(
         f"{count} {name.removesuffix('s') if count == 1 else name}" for name, count in counts.items() if count
@@ -185,13 +193,14 @@ def predict_video(source: Path, targets: dict[str, Path], network: Network, clas
             advance(1)
         if index < 0:
             raise video.UnreadableError("no frame in it")
+        for old in targets["label_ids"].glob("[0-9]*.png") if "label_ids" in targets else ():
+            if old.stem.isdecimal() and int(old.stem) > index:
+                old.unlink()  # of a longer video that was there before
     if opened.count is not None and index + 1 < opened.count:
         print(f"warning: {source} ends after {index + 1} of its {opened.count} frames", file=sys.stderr)
 
 
-def predict(
-    network: Network, pictures: Iterable[Read | None], batch_size: int, classes: Classes
-) -> Iterator[Predicted]:
+def predict(network: Network, pictures: Iterable[Read], batch_size: int, classes: Classes) -> Iterator[Predicted]:
     """Each picture, in order, with its classes at its own size."""
     for batch in batches(pictures, batch_size):
         pixels = torch.stack([x for _, _, x in batch])
@@ -220,25 +229,36 @@ def open_network(weights: Path, classes: Classes, device_name: str) -> Network:
     return lambda images: model(images.to(device)).logits
 
 
-def find_inputs(inputs: Iterable[str]) -> dict[Path, Path]:
+def find_inputs(inputs: Iterable[str], output_dir: Path) -> dict[Path, Path]:
     """Every photograph and video that the inputs mean, and its path below the folder or pattern it was found by.
+
+    Pictures in `output_dir` that an earlier call made are not taken for photographs of a folder around it.
 
     Raises:
         UserError: an input means none.
     """
+    made = [(output_dir / kind).resolve() for kind in get_args(Kind)]
+
+    def below(base: Path, files: Iterable[Path]) -> dict[Path, Path]:
+        outside = [folder for folder in made if not base.resolve().is_relative_to(folder)]
+        return {
+            file: file.relative_to(base)
+            for file in sorted(files)
+            if is_input(file) and not any(file.resolve().is_relative_to(folder) for folder in outside)
+        }
+
     found: dict[Path, Path] = {}
     for name in inputs:
         path = Path(name)
         if path.is_file():
             new = {path: Path(path.name)}
         elif path.is_dir():
-            new = {file: file.relative_to(path) for file in sorted(path.rglob("*")) if is_input(file)}
+            new = below(path, files_below(path))
         else:
             parts = path.parts
             fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-            base = Path(*parts[:fixed])
-            matches = map(Path, sorted(glob.glob(name, recursive=True)))  # noqa: PTH207 (an absolute pattern is fine)
-            new = {file: file.relative_to(base) for file in matches if is_input(file)}
+            matches = glob.glob(name, recursive=True)  # noqa: PTH207 (an absolute pattern is fine)
+            new = below(Path(*parts[:fixed]), map(Path, matches))
         if not new:
             kinds = ", ".join(SUFFIXES + video.SUFFIXES)
             raise UserError(f"{name} is no photograph, no video, and no folder or pattern of some ({kinds})")
@@ -272,7 +292,9 @@ def find_targets(inputs: dict[Path, Path], options: Options) -> dict[Path, dict[
     for source, files in targets.items():
         for path in files.values():
             if path in owners:
-                raise UserError(f"{owners[path]} and {source} would both become {path}; predict them one by one")
+                raise UserError(
+                    f"{owners[path]} and {source} would both become {path}; give each an --output-dir of its own"
+                )
             if path.resolve() in resolved:
                 raise UserError(f"{path} is an input; choose another --output-dir")
             owners[path] = source
@@ -290,10 +312,9 @@ def ahead(threads: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T
         yield waiting.popleft().result()
 
 
-def batches(pictures: Iterable[Read | None], size: int) -> Iterator[list[Read]]:
-    """Neighbours of one size, at most `size` of them; those that could not be read are left out."""
-    readable = (picture for picture in pictures if picture is not None)
-    for _, group in groupby(readable, key=lambda picture: picture[2].shape):
+def batches(pictures: Iterable[Read], size: int) -> Iterator[list[Read]]:
+    """Neighbours of one size, at most `size` of them."""
+    for _, group in groupby(pictures, key=lambda picture: picture[2].shape):
         batch: list[Read] = []
         for item in group:
             batch.append(item)

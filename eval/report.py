@@ -33,6 +33,7 @@ from eval.metrics import percent
 from eval.options import IoUOptions, claim_file, claim_folder
 from eval.page import Picture, figure, legend, page, panels, table
 from eval.records import read_json, read_records
+from models.checkpoints import read_facts
 
 EVALUATION: dict[str, type] = {
     **dict.fromkeys(("dataset", "datadir", "subset", "weights", "protocol"), str),
@@ -74,16 +75,32 @@ class Run:
         return next((r for r in reversed(self.records) if r.get("event") == event), None)
 
     def evaluation(self) -> dict[str, Any] | None:
-        """eval.json, or else the last validation. Raises UserError if the file is none that an IoU script writes."""
+        """eval.json, or else, or if that is outdated, the last validation. Raises UserError as `eval_json`."""
+        found = self.eval_json()
+        return self.last("val") if found is None or self.outdated(found) else found
+
+    def outdated(self, evaluation: dict[str, Any]) -> bool:
+        """Whether the training went on after this evaluation: its weights are of another step now."""
+        weights = Path(evaluation.get("weights", ""))
+        now = read_facts(weights).get("step") if weights.is_file() else None
+        return now is not None and evaluation.get("step") not in (None, now)
+
+    def eval_json(self) -> dict[str, Any] | None:
+        """The file, with the weights that lie beside it where it names such: the run may have been moved or copied.
+
+        Raises:
+            UserError: the file is none that an IoU script writes.
+        """
         path = self.folder / "eval.json"
         evaluation = read_json(path)
         if evaluation is None:
-            return self.last("val")
+            return None
         wrong = [key for key, kind in EVALUATION.items() if not isinstance(evaluation.get(key, kind()), kind)]
         if wrong or "mean_iou" not in evaluation:
             key = wrong[0] if wrong else "mean_iou"
             raise UserError(f"{path} has no {key} as the IoU scripts write it; remove it, or write it by their --json")
-        return evaluation
+        beside = self.folder / Path(evaluation.get("weights", "")).name
+        return evaluation | {"weights": str(beside)} if beside.is_file() else evaluation
 
 
 def write_report(
@@ -117,6 +134,11 @@ def write_report(
         for name, evaluation in evaluations.items()
         if "confusion" not in evaluation
     ]
+    outdated = [
+        f"eval.json of {one.name}: the training went on after it; --evaluate writes it anew."
+        for one in runs
+        if (written := one.eval_json()) and one.outdated(written)
+    ]
     training, classes = training_charts(runs, colors), classes_chart(evaluations, colors)
     conditions, confusions = conditions_chart(evaluations, colors), confusion_charts(evaluations)
     everywhere = legend(css_colors(colors))
@@ -130,7 +152,7 @@ def write_report(
         ("Pictures", "".join(figure(picture) for picture in pictures)),
         ("Options that differ", options_table(runs)),
         ("Made with", provenance_table(runs)),
-        ("Not shown", "".join(f"<p class='note'>{escape(note)}</p>" for note in [*uncounted, *notes])),
+        ("Not shown", "".join(f"<p class='note'>{escape(note)}</p>" for note in [*outdated, *uncounted, *notes])),
     ]
     path = Path(path)
     claim_file(path)
@@ -140,6 +162,8 @@ def write_report(
         claim_folder(plots)
         for chart in (*training, *filter(None, (classes, conditions)), *confusions):
             chart.save(plots)
+        for old in (path for kind in ("worst", "best") for path in plots.glob(f"[0-9]*_{kind}.png")):
+            old.unlink()  # a page with more of them was here
         for index, example in enumerate(examples, 1):
             save_png(example.picture(), plots / f"{index:02}_{example.kind}.png")
     return path
@@ -324,7 +348,8 @@ class Options:
     title: str = "Training report"
     """The page's heading."""
     evaluate: bool = False
-    """First evaluate the runs that have no eval.json, on the validation split of their data set, and write it."""
+    """First evaluate the runs that have no eval.json, or have been trained on since, on the validation split of their
+    data set, and write it."""
     examples: int = 3
     """How many of the worst and of the best images to show."""
     datadir: Path | None = None
@@ -339,7 +364,9 @@ def main(options: Options) -> None:
         raise UserError("no run given; name at least one run folder")
     if options.examples < 0:
         raise UserError("--examples must be at least 0")
+    plots = options.plots or options.output.with_name(f"{options.output.stem}_plots")
     claim_file(options.output)
+    claim_folder(plots)
     names = [folder.resolve().name for folder in options.runs]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in options.runs]
@@ -351,19 +378,18 @@ def main(options: Options) -> None:
     examples, notes = find_examples(
         evaluations, count=options.examples, datadir=options.datadir, device=find_device(options.device)
     )
-    plots = options.plots or options.output.with_name(f"{options.output.stem}_plots")
     path = write_report(options.output, title=options.title, runs=runs, examples=examples, notes=notes, plots=plots)
     print(f"report: {path}, plots: {plots}")
 
 
 def evaluate_run(one: Run, options: Options) -> None:
-    """Write the run's eval.json if it has none.
+    """Write the run's eval.json if it has none, or an outdated one.
 
     Raises:
         UserError: its weights or data are gone.
     """
-    path = one.folder / "eval.json"
-    if path.exists():
+    found = one.eval_json()
+    if found is not None and not one.outdated(found):
         return
     missing = [key for key in ("dataset", "datadir", "height") if key not in one.options]
     if missing:
@@ -374,7 +400,7 @@ def evaluate_run(one: Run, options: Options) -> None:
         height=one.options["height"],
         num_workers=0,
         device=options.device,
-        json=path,
+        json=one.folder / "eval.json",
     )
     score(one.options["dataset"], chosen)
 

@@ -1,16 +1,18 @@
 """Weights in and out: every foreign layout is recognised by its keys, stripped, renamed and loaded in full or refused.
 
-Nothing is ever unpickled but tensors: `.safetensors`, or `torch.load(..., weights_only=True)`.
+Nothing is ever unpickled but tensors and numbers: `.safetensors`, or `torch.load(..., weights_only=True)`.
 """
 
 import json
 import pickle
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -21,15 +23,22 @@ from datasets import LAYOUTS
 from datasets.classes import named
 from models import lvt, pvtv2, segformer
 from models.base import Normalisation, SegmentationModel
-from models.factory import MODELS, create_model
+from models.factory import BUILDERS, MODELS, create_model
 from models.layouts import State, huggingface, mmsegmentation, timm
 from models.segformer import ReLUHeadSegFormer
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NO_NORMALISATION = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
-# Under these a training framework nests the weights in its checkpoint.
-CONTAINERS = ("model", "state_dict", "model_state_dict", "state_dict_ema")
+# Under these a training framework nests the weights in its checkpoint; ours, with --ema, those that it validates.
+CONTAINERS = ("averaged", "model", "state_dict", "model_state_dict", "state_dict_ema")
+# What a pickle may call beside torch's own: numpy's numbers, as which many checkpoints keep their best score. numpy 1
+# and 2 have two names for it.
+NUMBERS: list[Any] = [
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(np.dtype, *(type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?")),
+]
+WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's, torch.compile's
 # The modules that the published scripts save beside `student.`: CSF, Knowledge Review, PEA, GL-Mixer, EA; ours, CWD's.
 DISTILLATION_KEYS = re.compile(
     r"(fusion\.|alignment\.)?(skfs|abfs|embed\d_linearproject|attn4|conv[12]|fuse_weights|patch_embed\d|projection)\."
@@ -54,8 +63,8 @@ FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")  # t
 def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
     """A checkpoint's tensors, and what it tells about them.
 
-    The metadata are those of our safetensors files. Of other files they have at most `normalisation`, in the same
-    form, from our training's checkpoints; and mmsegmentation's `class_names`, in the same form, and `config`, a text.
+    The metadata are those of `metadata_of`, from our safetensors files and our training's checkpoints. Of
+    mmsegmentation's files they have `class_names`, in the same form, and `config`, a text.
 
     A folder is taken for one that Hugging Face's `save_pretrained` wrote, or `models.export` for mmsegmentation.
 
@@ -68,13 +77,11 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
     if path.suffix == ".onnx":
         raise UserError(f"{path} is for eval/predict.py alone; name the weights that it was exported from")
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a whole safetensors file ({error}); fetch or save it again") from error
+        with _opened(path) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMBERS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         if called := re.search(r"\bGLOBAL (\S+)", str(error)):
             raise UserError(
@@ -86,8 +93,11 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
             reason = "it is no PyTorch checkpoint"
         raise UserError(f"{path} can't be read as weights ({reason}); fetch or save it again") from error
     metadata = _told(content)
-    while isinstance(content, Mapping) and (inner := next((k for k in CONTAINERS if k in content), None)):
-        content = content[inner]
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
     strangers = [str(k) for k, v in content.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
@@ -104,12 +114,25 @@ def _file(path: Path | str) -> Path:
     return next((path / name for name in FOLDER_FILES if (path / name).is_file()), path / FOLDER_FILES[0])
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); fetch or save it again") from error
+
+
 def read_facts(path: Path | str) -> dict[str, Any]:
-    """What `save_model` was told beside a network; empty for other files. The weights are not read."""
+    """What `save_model` was told beside a network; empty for other files. The weights are not read.
+
+    Raises:
+        UserError: a damaged safetensors file.
+    """
     path = _file(path)
     if path.suffix != ".safetensors":
         return {}
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         text = (file.metadata() or {}).get("facts", "{}")
     try:
         facts = json.loads(text)
@@ -124,20 +147,19 @@ def read_facts(path: Path | str) -> dict[str, Any]:
 def _told(content: object) -> dict[str, str]:
     """What a checkpoint has to say beside its weights, as strings."""
     told = content if isinstance(content, Mapping) else {}
-    meta = told.get("meta")
-    meta = meta if isinstance(meta, Mapping) else {}
+    ours, meta = (part if isinstance(part := told.get(key), Mapping) else {} for key in ("metadata", "meta"))
     config, dataset = meta.get("cfg", meta.get("config")), meta.get("dataset_meta")  # mmsegmentation 1.x, 0.x
     names = dataset.get("classes") if isinstance(dataset, Mapping) else meta.get("CLASSES")
-    found = {"normalisation": told.get("normalisation"), "config": config}
+    found = {**ours, "config": config}
     if isinstance(names, list | tuple):
         found["class_names"] = json.dumps([str(name) for name in names])
     return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def strip_wrappers(state: State) -> State:
-    """The bare network of a checkpoint: without `module.`, `student.` and the distillation modules beside it."""
-    while state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    """The bare network of a checkpoint: without `WRAPPERS`, `student.` and the distillation modules beside it."""
+    while wrapper := next((w for w in WRAPPERS if state and all(key.startswith(w) for key in state)), None):
+        state = {key.removeprefix(wrapper): value for key, value in state.items()}
     student = {key.removeprefix("student."): v for key, v in state.items() if key.startswith("student.")}
     if not student:
         return state
@@ -151,9 +173,11 @@ class Told(NamedTuple):
 
     normalisation: Normalisation | None = None
     class_names: tuple[str, ...] | None = None
+    model: str | None = None
+    """The model's name, in our own files."""
 
     def to(self, model: SegmentationModel) -> None:
-        model.normalisation, model.class_names = self
+        model.normalisation, model.class_names = self.normalisation, self.class_names
 
 
 def read_network(path: Path | str) -> tuple[State, Told]:
@@ -169,7 +193,9 @@ def read_network(path: Path | str) -> tuple[State, Told]:
     """
     state, metadata = read_weights(path)
     state, normalisation, names = strip_wrappers(state), None, _told_names(path, metadata)
-    if huggingface.matches(state):
+    if metadata.get("model") in BUILDERS:  # ours, whatever its keys are like
+        normalisation = _told_normalisation(path, metadata)
+    elif huggingface.matches(state):
         state, normalisation = huggingface.from_huggingface(state), _huggingface_normalisation(Path(path))
         names = _huggingface_names(Path(path))
     elif mmsegmentation.matches(state):
@@ -180,13 +206,10 @@ def read_network(path: Path | str) -> tuple[State, Told]:
         bare = {key.removeprefix("backbone.").removeprefix("decode_head."): value for key, value in state.items()}
         state = {key: value for key, value in bare.items() if not key.startswith("conv_seg.")}
         normalisation = IMAGENET
-    elif told := metadata.get("normalisation"):
-        try:
-            normalisation = _normalisation(*json.loads(told))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} tells a normalisation that is none ({told[:120]}); save it again") from error
+    else:
+        normalisation = _told_normalisation(path, metadata)
     state, class_names = in_our_order(state, names)
-    return state, Told(normalisation, class_names)
+    return state, Told(normalisation, class_names, metadata.get("model"))
 
 
 def in_our_order(state: State, names: Sequence[str]) -> tuple[State, tuple[str, ...] | None]:
@@ -203,6 +226,14 @@ def in_our_order(state: State, names: Sequence[str]) -> tuple[State, tuple[str, 
             rows = {k: v[order] for k, v in state.items() if k in (weight, bias) and v.shape[:1] == (len(names),)}
             return state | rows, layout.classes.output_names[: len(names)]
     return state, tuple(names)
+
+
+def _told_normalisation(path: Path | str, metadata: Mapping[str, str]) -> Normalisation | None:
+    told = metadata.get("normalisation")
+    try:
+        return _normalisation(*json.loads(told)) if told else None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} tells a normalisation that is none ({told and told[:120]}); save it again") from error
 
 
 def _told_names(path: Path | str, metadata: Mapping[str, str]) -> list[str]:
@@ -282,9 +313,10 @@ def load_model(path: Path | str) -> SegmentationModel:
         UserError: unreadable, no model we know, without a decode head, or keys that do not fit (listed).
     """
     state, told = read_network(path)
-    name = recognise(state)
+    name = told.model if told.model in BUILDERS else recognise(state)
     if name is None:
-        raise UserError(f"{path} holds no model that is known here ({_some(list(state))}); known: {', '.join(MODELS)}")
+        what = f"{told.model}, which models/factory.py lacks" if told.model else "no model that is known here"
+        raise UserError(f"{path} holds {what} ({_some(list(state))}); known: {', '.join(MODELS)}")
     classifier = next((key for key in CLASSIFIERS if key in state), None)
     if classifier is None:
         raise UserError(
@@ -324,7 +356,7 @@ def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
     Raises:
         UserError: the encoder's keys do not fit.
     """
-    state, (normalisation, _) = read_network(path)
+    state, (normalisation, *_) = read_network(path)
     whole = any(key in state for key in CLASSIFIERS)
     wanted = model.state_dict()
     if any(key.startswith(RELU_HEAD) and key not in wanted for key in state):
@@ -344,18 +376,19 @@ def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
     return False
 
 
-def save_model(model: SegmentationModel, path: Path, **facts: Any) -> None:
-    """Write the bare network as safetensors, whole or not at all; `facts` go into its metadata as JSON."""
-    metadata = {
-        "format": "pt",
-        "model": model.name,
-        "num_classes": str(model.num_classes),
-        "facts": json.dumps(facts),
-    }
+def metadata_of(model: SegmentationModel) -> dict[str, str]:
+    """What goes with a network's weights wherever they are written."""
+    metadata = {"model": model.name, "num_classes": str(model.num_classes)}
     if model.normalisation is not None:
         metadata["normalisation"] = json.dumps(model.normalisation)
     if model.class_names is not None:
         metadata["class_names"] = json.dumps(model.class_names)
+    return metadata
+
+
+def save_model(model: SegmentationModel, path: Path, **facts: Any) -> None:
+    """Write the bare network as safetensors, whole or not at all; `facts` go into its metadata as JSON."""
+    metadata = {"format": "pt", "facts": json.dumps(facts)} | metadata_of(model)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with writing(path) as aside:
         aside.write_bytes(save(state, metadata))

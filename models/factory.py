@@ -33,4 +33,6 @@ def create_model(
     """
     if name not in BUILDERS:
         raise UserError(f"no model is called {name!r}; choose one of {', '.join(MODELS)}")
-    return BUILDERS[name](num_classes, drop_path_rate=drop_path_rate, dropout=dropout)
+    model = BUILDERS[name](num_classes, drop_path_rate=drop_path_rate, dropout=dropout)
+    model.name, model.num_classes = name, num_classes
+    return model

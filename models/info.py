@@ -68,7 +68,7 @@ def _norm(layer: Any, x: Tensor, y: Tensor) -> int:
 LAYERS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {  # layer, input, output -> MACs
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
-    Linear: lambda layer, x, y: x.numel() * layer.out_features,
+    **dict.fromkeys((nn.Linear, Linear), lambda layer, x, y: x.numel() * layer.out_features),
     nn.LayerNorm: _norm,
     nn.BatchNorm2d: _norm,
     nn.ReLU: lambda layer, x, y: y.numel(),

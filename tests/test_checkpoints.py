@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -60,6 +61,7 @@ def with_module(state: State) -> State:
 
 
 CHECKPOINT = {"epoch": 3, "arch": "SegFormer", "best_acc": torch.tensor(0.5), "optimizer": {"state": {}}}
+SCORES = {"best_acc": np.float64(0.5), "iou": np.float32(0.5), "step": np.int64(7)}
 LAYOUTS: dict[str, Callable[[State], dict[str, Any]]] = {
     "plain": lambda s: s,
     "base": lambda s: released("TransKDBase", s),
@@ -71,9 +73,12 @@ LAYOUTS: dict[str, Callable[[State], dict[str, Any]]] = {
     "module_twice": lambda s: with_module(with_module(s)),
     "state_dict": lambda s: CHECKPOINT | {"state_dict": s},
     "model": lambda s: CHECKPOINT | {"model": s},
+    "numbers_of_numpy": lambda s: CHECKPOINT | SCORES | {"model": "segformer_b0", "state_dict": s},
+    "averaged": lambda s: {"model": {f"student.{k}": 2 * v for k, v in s.items()}, "averaged": s},
+    "compiled": lambda s: with_module({f"_orig_mod.{k}": v for k, v in s.items()}),
     "state_dict_module_gl": lambda s: CHECKPOINT | {"state_dict": with_module(released("TransKD_GL", s))},
 }
-NESTED = ("state_dict", "model", "state_dict_module_gl")  # safetensors have no nesting
+NESTED = ("state_dict", "model", "numbers_of_numpy", "averaged", "state_dict_module_gl")  # safetensors have no nesting
 FILES = [
     (layout, end)
     for layout in LAYOUTS
@@ -183,7 +188,7 @@ def test_truncated_files_are_refused(kept: int, end: str, plain: State, tmp_path
         ({}, "is empty"),
         ({"epoch": 3, "norm1.weight": torch.zeros(3)}, "not a state dict: epoch"),
         ({1: torch.zeros(3)}, "not a state dict: 1"),
-        ({"state_dict": 3}, "holds a int"),
+        ({"state_dict": 3}, "not a state dict: state_dict"),
         ({"fc.weight": torch.zeros(3)}, "no model that is known here (fc.weight)"),
     ],
 )
@@ -281,16 +286,16 @@ def test_a_checkpoint_tells_what_its_network_expects(plain: State, logits: Tenso
         "state": {"step": 3},
     }
     normalisation = [[0.5, 0.25, 0.0], [0.5, 1.0, 2.0]]
-    torch.save(content | {"normalisation": json.dumps(normalisation)}, tmp_path / "best.pt")
+    torch.save(content | {"metadata": {"normalisation": json.dumps(normalisation)}}, tmp_path / "best.pt")
     model = load_model(tmp_path / "best.pt")
     assert [list(values) for values in model.normalisation] == normalisation
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalisation)
     with torch.no_grad():
         torch.testing.assert_close(model(IMAGES * std + mean).logits, logits)
-    torch.save(content | {"normalisation": None}, tmp_path / "best.pt")
+    torch.save(content | {"metadata": {}}, tmp_path / "best.pt")
     assert load_model(tmp_path / "best.pt").normalisation is None
     for damaged in ("[[1, 2, 3]]", "{", "[[0, 0], [1, 1]]", "3"):
-        torch.save(content | {"normalisation": damaged}, tmp_path / "best.pt")
+        torch.save(content | {"metadata": {"normalisation": damaged}}, tmp_path / "best.pt")
         assert "tells a normalisation that is none" in refusal(load_model, tmp_path / "best.pt")
 
 

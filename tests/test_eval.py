@@ -18,10 +18,13 @@ from datasets.classes import CITYSCAPES
 from datasets.loading import evaluation_batches
 from datasets.transforms import to_float
 from eval import (
+    commands,
     eval_ACDC_color,
     eval_ACDC_iou,
     eval_cityscapes_color,
     eval_cityscapes_iou,
+    eval_color,
+    eval_iou,
     options,
 )
 from eval.inference import evaluate, forward, render
@@ -282,6 +285,34 @@ def test_colour_full_and_overlay(cityscapes: Path, weights: Path, tmp_path: Path
     grown = torch.nn.functional.interpolate(logits, SIZE, mode="bilinear", align_corners=False)
     expected = CITYSCAPES.palette[grown.argmax(1)[0].numpy()]
     assert (np.asarray(Image.open(full[0])) == expected).all()
+
+
+def test_runs_have_folders_of_their_own(
+    cityscapes: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All runs' weights are called student."""
+    monkeypatch.setattr(commands, "OUTPUTS", tmp_path / "outputs")
+    for place in ("one", "two", "elsewhere"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "student.pth").symlink_to(weights)
+        if place != "elsewhere":
+            (tmp_path / place / "options.json").write_text("{}")
+        chosen = options.ColorOptions(cityscapes, weights=tmp_path / place / "student.pth", height=64, num_workers=0)
+        made = commands.paint("cityscapes", chosen)
+        folder = tmp_path / "outputs" / "color" / ("" if place == "elsewhere" else place) / "student"
+        assert made and all(path.is_relative_to(folder) for path in made)
+
+
+def test_scripts_for_any_data_set(cityscapes: Path, acdc: Path, weights: Path, tmp_path: Path) -> None:
+    for dataset, datadir, scorer in (("cityscapes", cityscapes, eval_cityscapes_iou), ("ACDC", acdc, eval_ACDC_iou)):
+        common: dict[str, Any] = {"datadir": datadir, "weights": weights, "height": 64, "num_workers": 0}
+        results = tmp_path / f"{dataset}.json", tmp_path / f"{dataset}_any.json"
+        scorer.main(options.IoUOptions(**common, json=results[0]))
+        eval_iou.main(eval_iou.Options(**common, json=results[1], dataset=dataset))
+        assert results[0].read_text() == results[1].read_text()
+        eval_color.main(eval_color.Options(**common, output_dir=tmp_path / dataset, dataset=dataset))
+        images = json.loads(results[0].read_text())["images"]
+        assert len(list((tmp_path / dataset).rglob("*.png"))) == images > 0
 
 
 def test_splits_without_labels_are_rendered_but_not_scored(

@@ -19,7 +19,7 @@ from datasets.classes import CITYSCAPES, VOC2012
 from datasets.transforms import resize_image, to_float
 from models import SegFormer, create_model, load_backbone, load_model, load_weights, save_model
 from models.checkpoints import IMAGENET, read_facts
-from models.export import Export, Options, main
+from models.export import SIZES, Export, Options, difference, main
 from models.layouts.huggingface import to_huggingface
 from models.layouts.mmsegmentation import to_mmseg
 from models.model_card import model_card, read_run
@@ -215,6 +215,23 @@ def test_a_wrong_export_is_not_written(weights: Path, tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match="differs from ours"):
         main(Options(weights=weights, format="hf", output=tmp_path / "hf"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_no_number_is_a_difference(size: tuple[int, ...]) -> None:
+    def theirs(images: Tensor) -> Tensor:
+        return images * (float("nan") if images.shape == size else 1)
+
+    assert not difference(lambda images: images, theirs) < 1e-3
+
+
+def test_the_source_is_not_overwritten(network: SegFormer, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "last.pth"
+    torch.save({"model": network.state_dict(), "optimizer": {"lr": 1.0}}, checkpoint)
+    (tmp_path / "link.pth").symlink_to(checkpoint)
+    with pytest.raises(UserError, match=r"last\.pth is --weights"):
+        main(Options(weights=tmp_path / "link.pth", format="torch", output=checkpoint))
+    assert "optimizer" in torch.load(checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,10 @@ def test_a_preset_changes_defaults_and_a_flag_wins(monkeypatch: pytest.MonkeyPat
     assert (
         parse(distill.Options, monkeypatch, "--method=cwd_logits", *flags[2:], "--logits-weight", 5).logits_weight == 5
     )
+    with pytest.raises(UserError, match="--validate-teacher: --method student"):
+        parse(distill.Options, monkeypatch, "--method", "student", "--validate-teacher")
+    with pytest.raises(UserError, match="--from-scratch starts from no weights"):
+        parse(teacher.Options, monkeypatch, "--from-scratch", "--teacher-weights", "mit_b2.pth")
     for method in ("student", "response"):
         with pytest.raises(UserError, match=r"--logits-weight is 5.0"):
             parse(distill.Options, monkeypatch, "--method", method, *flags[2:], "--logits-weight", 5)
@@ -348,11 +352,12 @@ def test_modern_recipe_resumes_exactly(command: Command, scenes: Path, teacher_w
         for name, value in RECIPES["modern"].items()
         if name not in ("warmup_steps", "normalisation")
     )
-    averaged, raw = load_model(whole / "student.safetensors"), load_model(whole / "last.pt")
-    assert averaged.normalisation == raw.normalisation == IMAGENET
+    averaged, checkpoint = load_model(whole / "student.safetensors"), load_model(whole / "last.pt")
+    assert averaged.normalisation == checkpoint.normalisation == IMAGENET
+    assert averaged.class_names == checkpoint.class_names == CITYSCAPES.output_names
     content = torch.load(whole / "last.pt")
     kept = load_file(whole / "student.safetensors")
     assert all(torch.equal(value, kept[key]) for key, value in content["averaged"].items())
-    assert not torch.equal(raw.state_dict()["linear_pred.weight"], kept["linear_pred.weight"])
-    output = raw(torch.rand(1, 3, 64, 64))
+    assert not torch.equal(content["model"]["student.linear_pred.weight"], kept["linear_pred.weight"])
+    output = checkpoint(torch.rand(1, 3, 64, 64))
     assert isinstance(output, SegmentationOutput)

@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from cli import UserError
 from eval.charts import bar_chart, confusion_chart, line_chart, thin
 from eval.examples import choose
 from eval.page import DARK, LIGHT, to_html
-from eval.report import Options, Run, main, write_report
+from eval.report import Options, Run, evaluate_run, main, write_report
 from models import create_model, save_model
 from tests.conftest import Command
 
@@ -138,6 +139,25 @@ def test_eval_json_goes_before_the_last_validation(tmp_path: Path) -> None:
             run.evaluation()
 
 
+def test_an_evaluation_goes_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copied run shows its own weights, and no figures from before its training went on."""
+    run = write_run(tmp_path / "copy", "student", [0.2, 0.4])
+    (run.folder / "options.json").write_text(json.dumps({"dataset": "cityscapes", "datadir": "x", "height": 64}))
+    save_model(create_model("segformer_b0"), run.folder / "student.safetensors", step=4)
+    written = {"mean_iou": 0.3, "weights": str(tmp_path / "first" / "student.safetensors")}
+    evaluated: list[Path | None] = []
+    monkeypatch.setattr("eval.report.score", lambda dataset, options: evaluated.append(options.weights))
+    for step, mean, anew in ((4, 0.3, False), (None, 0.3, False), (2, 0.4, True)):
+        (run.folder / "eval.json").write_text(json.dumps(written | {"step": step}))
+        found = run.evaluation()
+        assert found is not None and found["mean_iou"] == mean
+        assert anew or found["weights"] == str(run.folder / "student.safetensors")
+        evaluate_run(run, Options((run.folder,)))
+        assert bool(evaluated) == anew
+    html = write_report(tmp_path / "page.html", title="T", runs=[run]).read_text(encoding="utf-8")
+    assert "eval.json of copy: the training went on after it" in html
+
+
 def test_damaged_records_are_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "student", [0.2, 0.4])
     path = run.folder / "metrics.jsonl"
@@ -199,6 +219,7 @@ def test_mistakes(tmp_path: Path) -> None:
         (Options((tmp_path,)), "metrics.jsonl is missing"),
         (Options((run.folder,), examples=-1), "--examples"),
         (Options((run.folder,), tmp_path), "is a folder"),
+        (Options((run.folder,), tmp_path / "page.html", run.folder / "options.json"), "cannot make the folder"),
         (Options((run.folder,), evaluate=True), "has no dataset; evaluate this run by its IoU script"),
     ):
         with pytest.raises(UserError, match=says):
@@ -229,6 +250,29 @@ def test_charts_show_what_there_is() -> None:
     assert 'aria-label="X &amp; Y"' in chart.svg()
     assert line_chart("x", "X", {"a": []}, colors) is None
     assert bar_chart("x", "X", ["road"], {"a": [None]}, colors) is None
+
+
+@pytest.mark.parametrize(("width", "height", "color"), [(5.5, 3.15, 3), (6.9, 3.85, 1)])
+def test_marks_keep_what_they_refer_to(width: float, height: float, color: int) -> None:
+    """Of clip paths and markers some have names of letters and then digits alone, as groups have."""
+    points = [(step, float(step)) for step in range(1, 5)]
+    chart = line_chart("x", "X", {"a": points}, {"a": color}, dots=True, size=(width, height))
+    assert chart is not None
+    names, used = (set(re.findall(pattern, chart.svg())) for pattern in (r' id="(.+?)"', r'(?:\(|")#(.+?)[)"]'))
+    assert used and used == names
+
+
+def test_many_runs_with_long_names(tmp_path: Path) -> None:
+    """The ninth has the first one's colour, but not its line; no name is cut off at the picture's edge."""
+    names = [f"{index}_{60 * 'x'}" for index in range(9)]
+    chart = line_chart(
+        "x", "X", {name: [(0, 1.0), (1, 2.0)] for name in names}, dict(zip(names, range(9), strict=True))
+    )
+    assert chart is not None
+    first, ninth = chart.marks[names[0]], chart.marks[names[8]]
+    assert first.get_color() == ninth.get_color() and first.get_linestyle() != ninth.get_linestyle()
+    pixels = np.asarray(Image.open(chart.save(tmp_path)).convert("L"))
+    assert pixels.min() < 100 and pixels[:, [0, -1]].min() == 255
 
 
 @pytest.mark.parametrize("name", ["_run", "run_$a_$"])

@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,9 +19,9 @@ from cli import UserError
 from datasets.synthetic import write_dataset
 from models import create_model, save_model
 from train import table
-from train.grid import GRIDS, Job, Row, plan, read_grid, seeds_on_disk, split_identity, with_teacher, words
+from train.grid import GRIDS, Job, Row, find_split, plan, read_grid, seeds_on_disk, with_teacher, words
 from train.options import ROOT
-from train.runner import Runner, slots
+from train.runner import Runner, Running, slots
 from train.table import Spread, Table, chosen, results, size_of
 
 GRID = """
@@ -190,7 +191,7 @@ def test_what_a_folder_tells(folder: Path) -> None:
             path = folder / "data" / name / split / "a" / f"{count}_{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_name(path.name.replace("gtFine.", "gtFine_labelIds.")).touch()
-        split_identity.cache_clear()
+        find_split.cache_clear()
 
     write("train", 1)
     write("val", 1)
@@ -198,7 +199,9 @@ def test_what_a_folder_tells(folder: Path) -> None:
     assert job.standing() == "new" and job.commands("new") == [job.training, job.evaluation]
     job.folder.mkdir(parents=True)
     assert job.options is not None
-    saved = job.options.as_json() | {"data": split_identity("cityscapes", folder / "data", "train")}
+    split = find_split("cityscapes", folder / "data", "train")
+    assert split is not None
+    saved = job.options.as_json() | {"data": split.identity}
     (job.folder / "options.json").write_text(json.dumps(saved))
     (job.folder / "metrics.jsonl").write_text('{"event": "train", "epoch": 1, "step": 1}\n{"event": "val", "ep')
     (job.folder / "last.pt").touch()
@@ -229,8 +232,14 @@ def test_what_a_folder_tells(folder: Path) -> None:
     assert changed("max-steps = 1", "max-steps = 2").standing() == "begun"
     (job.folder / "metrics.jsonl").write_text('{"event": "train", "epoch": 1, "step": 3}\n')
     other = changed("max-steps = 1", "max-steps = 2")
-    with pytest.raises(UserError, match=r"student seed 0 was trained for more steps, 3: remove .*student-seed0"):
+    with pytest.raises(UserError, match=r"student seed 0 was trained for 3 steps instead of 2: remove .*student-seed0"):
         other.standing()
+    (job.folder / "options.json").write_text(json.dumps(saved | {"keep_steps": True}))
+    kept = "max-steps = 9\nkeep-steps = true\nnum-epochs = "
+    assert changed("max-steps = 1", f"{kept}3").standing() == "begun"
+    with pytest.raises(UserError, match="student seed 0 was trained for 3 steps instead of 2: remove"):
+        changed("max-steps = 1", f"{kept}2").standing()
+    (job.folder / "options.json").write_text(json.dumps(saved))
     other = changed("batch-size = 2", "batch-size = 4")
     with pytest.raises(UserError, match=r"with batch_size 2 instead of 4: remove .*student-seed0"):
         other.standing()
@@ -250,6 +259,20 @@ def test_what_a_folder_tells(folder: Path) -> None:
         (job.folder / "done.json").write_text(content)
         with pytest.raises(UserError, match=r"student-seed0/done\.json"):
             job.standing()
+
+
+def test_folders_that_are_none(
+    folder: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A grid's name is looked for among the project's, a path is not; a table's folder must be one."""
+    with pytest.raises(UserError, match=r"no grid at nowhere/drawn\.toml"):
+        read_grid(Path("nowhere/drawn.toml"))
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "runs"):
+        flags = ["--grid", folder / "grid.toml", "--datadir", scenes, "--output-dir", output]
+        assert call_table(monkeypatch, *flags) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: can't write to {output} (")
 
 
 def test_other_scenes(
@@ -303,21 +326,73 @@ def test_one_failure_does_not_lose_the_others(tmp_path: Path, monkeypatch: pytes
     bad = fake(tmp_path, "bad", code="sys.exit('out of luck')")
     jobs = [bad, fake(tmp_path, "student", teacher=bad), fake(tmp_path, "a", miou=0.25), fake(tmp_path, "a", 1)]
     jobs.append(unmeasured := fake(tmp_path, "b", miou="null"))
+    jobs.append(killed := fake(tmp_path, "c", code="print('busy', flush=True); os.kill(os.getpid(), 9)"))
+    jobs.append(full := fake(tmp_path, "d"))
+    full.log.mkdir(parents=True)
     calls = []
     runner = Runner(jobs, [{}], calls.append)
     runner.run()
-    assert (tmp_path / "order").read_text() == "bad0 a0 a1 b0 "
+    assert (tmp_path / "order").read_text() == "bad0 a0 a1 b0 c0 "
     assert {str(job): why for job, why in runner.failed.items()} == {
         "bad": f"out of luck (exit code 1, {bad.log})",
         "student": "its teacher bad failed",
         "b": f"its evaluation wrote no mean IoU ({unmeasured.log})",
+        "c": f"busy (Killed, {killed.log})",
+        "d": f"it can't be started ([Errno 21] Is a directory: '{full.log}')",
     }
-    assert len(calls) == 5
+    assert len(calls) == 7
     rows = {row.job.row.name: row for row in results(jobs, runner.failed)}
     assert rows["a"].miou == {0: 25.0, 1: 50.0} and rows["bad"].failed == {0: runner.failed[bad]}
     assert not Runner(jobs[2:4], [{}], calls.append).waiting
     again = Runner(jobs, [{}], calls.append)
-    assert again.waiting == [*jobs[:2], unmeasured]
+    assert again.waiting == [*jobs[:2], unmeasured, killed, full]
+
+
+def test_how_far_a_training_is(tmp_path: Path) -> None:
+    """It is told by its own records: those of the process before it stay in front of them."""
+
+    def write(*records: tuple[str, int, int]) -> None:
+        lines = [{"event": event, "step": step, "pid": pid, "total_steps": 100 * pid} for event, step, pid in records]
+        (job.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    job, process = fake(tmp_path, "a"), SimpleNamespace(pid=2, poll=lambda: None)
+    job.folder.mkdir()
+    started = time.monotonic() - 1000  # most of which went into a cache
+    one = Running(job=job, slot={}, process=process, training=True, started=started)  # type: ignore[arg-type]
+    one.look()
+    assert str(one) == "a: starting"
+    before = [("start", 0, 1), *(("train", step, 1) for step in range(1, 80))]
+    write(*before)
+    one.look()
+    assert str(one) == "a: starting" and one.estimate() is None
+    write(*before[:61], begin := ("start", 60, 2))  # what was logged after the checkpoint is dropped
+    one.look()
+    assert str(one) == "a: step 60/200" and one.estimate() is None
+    one.started -= 10
+    write(*before[:61], begin, *(("train", 80, 2) for _ in range(2000)))  # its first record is out of sight
+    one.look()
+    assert str(one) == "a: step 80/200"
+    assert one.estimate() == pytest.approx((60.0, 100.0), rel=0.05)
+    runner = Runner([job, fake(tmp_path, "b")], [{}], lambda failed: None)
+    runner.waiting.remove(job)
+    runner.running.append(one)
+    assert runner.summary() == "0 of 2 runs done, about 3 min left"  # 60 s, and 100 s of the other
+
+
+def test_what_a_new_teacher_taught_is_due(tmp_path: Path) -> None:
+    """Also where the student's seed, and so its place, comes before the teacher's."""
+    first = fake(tmp_path, "first")
+    teacher = fake(tmp_path, "teacher", 7, teacher=first)
+    student = fake(tmp_path, "student", teacher=teacher)
+    jobs = [student, first, teacher]
+    for job in (student, teacher):
+        job.folder.mkdir()
+        (job.folder / "eval.json").write_text('{"mean_iou": 0.5}')
+        job.record(evaluated=True)
+    assert Runner(jobs, [{}], lambda failed: None).waiting == jobs
+    runner = Runner(jobs, [{}], lambda failed: None)
+    runner.run()
+    assert not runner.failed and (tmp_path / "order").read_text() == "first0 "
 
 
 def test_a_training_that_outlived_its_table_is_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -388,6 +463,7 @@ def test_the_table(folder: Path, tmp_path: Path) -> None:
             (job.folder / "eval.json").write_text(json.dumps(evaluation))
             job.record(evaluated=True)
     failed = {job: "out of memory" for job in jobs if str(job) == "TransKDBase seed 0"}
+    (tmp_path / "student-seed1" / "metrics.jsonl").unlink()  # which loses how many steps it took
     Table(read_grid(folder / "grid.toml"), jobs, tmp_path).write(failed)
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[4:7] == [

@@ -1,7 +1,11 @@
 """Training through the command line on drawn scenes, and the engine's promises."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from models import create_model, load_model
 from models.distillation import Distiller
 from tests.conftest import ROOT, Command
 from tests.golden_data import load
-from train import student
+from train import TransKDBase, student, teacher
 from train.optimisation import Plan, Schedule, new_optimizer
 from train.options import TrainingOptions
 from train.TransKDBase import Options
@@ -147,11 +151,12 @@ def test_average_and_decay_on_resume(scenes: Path, tmp_path: Path) -> None:
     train_here(scenes, tmp_path, max_steps=1)
     first = weights(tmp_path / "student.safetensors")
     train_here(scenes, tmp_path, max_steps=2, resume=True, ema=0.9)
-    raw, average = weights(tmp_path / "last.pt"), weights(tmp_path / "student.safetensors")
+    raw, average = torch.load(tmp_path / "last.pt")["model"], weights(tmp_path / "student.safetensors")
     key, d = "linear_pred.weight", 3 / 12
-    torch.testing.assert_close(average[key], d * first[key] + (1 - d) * raw[key])
+    torch.testing.assert_close(average[key], d * first[key] + (1 - d) * raw[f"student.{key}"])
     with pytest.raises(UserError, match="--decay can't change on --resume"):
         train_here(scenes, tmp_path, max_steps=3, resume=True, decay="matrices")
+    assert json.loads((tmp_path / "options.json").read_text())["decay"] == "all"  # what was refused left no trace
 
 
 def test_two_methods_start_from_the_same_student(
@@ -221,6 +226,44 @@ def test_mistakes_end_in_one_line(
     error = done.stderr.splitlines()[-1]
     assert error.startswith("error: ") and says in error
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "says"),
+    [
+        (student, {"student_weights": Path("nowhere.pth")}, "no weights at nowhere.pth"),
+        (student, {"student_pretrained": True, "student_model": "segformer_b5"}, "mit_b5.pth"),
+        (teacher, {"teacher_weights": Path("nowhere.pth")}, "no weights at nowhere.pth"),
+        (teacher, {"teacher_model": "segformer_b5"}, "mit_b5.pth.*--from-scratch"),
+        (TransKDBase, {"teacher_weights": Path("nowhere.pth")}, "no teacher at nowhere.pth"),
+    ],
+)
+def test_missing_weights_are_told_before_the_data_is_read(
+    script: ModuleType, flags: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=says):
+        script.main(script.Options(datadir=tmp_path / "no data", output_dir=tmp_path / "run", **flags))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"student_pretrained": True, "student_weights": Path("a.pth")}, "--student-pretrained"),
+        ({"logits_temperature": 4.0}, "--logits-weight"),
+        ({"compile_mode": "reduce-overhead"}, "--compile"),
+        ({"compile_mode": "max-autotune", "compile": True, "accumulate": 2}, "--accumulate"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Options(datadir=Path(), **flags)
+
+
+def test_a_reader_that_leaves() -> None:
+    ended = "set -o pipefail; python train/student.py --help | head -n 1"
+    done = subprocess.run(["bash", "-c", ended.replace("python", sys.executable)], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_a_run_is_not_overwritten(command: Command, scenes: Path, tmp_path: Path) -> None:

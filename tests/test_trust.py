@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+import demo
+from cli import UserError
 from tests.conftest import ROOT, Command
 from tests.test_training import SMALL, assert_equal, records
+from train.run_folder import load_checkpoint
 
 RUN = ("train/student.py", *SMALL, "--max-steps", 12, "--validate-every", 2)
 
@@ -139,6 +143,16 @@ def test_damaged_last_checkpoint(command: Command, scenes: Path, tmp_path: Path)
     assert_equal(tmp_path / "whole" / "student.safetensors", tmp_path / "damaged" / "student.safetensors")
 
 
+def test_empty_last_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a power cut may leave it."""
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(UserError, match=r"no whole checkpoint in .* to go on from \(.+\); start again"):
+        load_checkpoint(tmp_path)
+    torch.save({"state": {"step": 3}}, tmp_path / "previous.pt")
+    assert load_checkpoint(tmp_path) == {"state": {"step": 3}}
+    assert "last.pt is damaged (" in capsys.readouterr().err
+
+
 def test_two_runs_in_one_folder(command: Command, scenes: Path, tmp_path: Path) -> None:
     import fcntl
 
@@ -146,6 +160,21 @@ def test_two_runs_in_one_folder(command: Command, scenes: Path, tmp_path: Path) 
         fcntl.lockf(lock, fcntl.LOCK_EX)
         done = command(*RUN, "--datadir", scenes, "--output-dir", tmp_path)
     assert done.returncode == 2 and "another run writes into" in done.stderr
+
+
+def test_demo_in_a_folder_named_from_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands run in the repository, and write to the folder that the user meant."""
+    commands: list[list[str]] = []
+
+    def fail(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(UserError, match="ended with exit code 1"):
+        demo.main(demo.Options(output_dir=Path("out")))
+    assert str(tmp_path / "out" / "data" / "cityscapes") in commands[0]
 
 
 def test_folder_that_cannot_be_written(command: Command, scenes: Path, tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 python train/distill.py --method reviewkd --dataset cityscapes --datadir DIR --teacher-weights FILE
 
-student                                     alone, without a teacher
-transkd_base, transkd_gl, transkd_ea        the paper's methods, as by their own scripts
-transkd_gl_add, gl_ea                       GL-Mixer that keeps the embedding; GL-Mixer with EA
-csf, pea, ea                                one part alone; --embed 1 … 4 aligns one stage alone
-reviewkd                                    Knowledge Review
-response, cwd, cwd_logits, skd              class probabilities; channel-wise on features, on logits; pairwise
+student                           alone, without a teacher
+transkd_base, _gl, _ea            the paper's methods, as by their own scripts
+transkd_gl_add, gl_ea             GL-Mixer that keeps the embedding; GL-Mixer with EA
+csf, pea, ea                      one part alone; --embed 1 … 4 aligns one stage alone
+reviewkd                          Knowledge Review
+response, cwd, cwd_logits, skd    class probabilities; channel-wise on features, on logits; pairwise
 """
 
 import sys
@@ -45,6 +45,8 @@ class Options(DistillationOptions):
         self.require("kd_temperature", above=0)
         if self.method == ALONE:
             self.settings.refuse_others()
+            if self.validate_teacher:
+                raise cli.UserError(f"--validate-teacher: --method {ALONE} learns without a teacher; leave it out")
         if self.logits_weight and self.method in (ALONE, "response"):
             reason = "learns without a teacher" if self.method == ALONE else "has this loss already, as --kd-weight"
             raise cli.UserError(f"--logits-weight is {self.logits_weight}; --method {self.method} {reason}")
@@ -56,6 +58,9 @@ class Options(DistillationOptions):
         if options is not None and last_value(arguments, "--method") in (ALONE, *LOGITS):
             options.logits_weight = 0.0
         return options
+
+    def find_weights(self) -> None:
+        self.student_start() if self.method == ALONE else super().find_weights()
 
     @property
     def compares_logits(self) -> bool:

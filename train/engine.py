@@ -29,6 +29,7 @@ from datasets.transforms import to_float
 from eval.inference import evaluate
 from models import save_model
 from models.base import Normalisation
+from models.checkpoints import metadata_of
 from models.distillation import Distiller
 from train.distributed import Ranks
 from train.optimisation import AveragedWeights, Plan, Schedule, new_optimizer
@@ -67,6 +68,7 @@ def start(options: TrainingOptions) -> Setup:
     Raises:
         UserError: a device, folder or data set that can't be used; nothing long has been started by then.
     """
+    options.find_weights()
     ranks = Ranks(options.device)
     ranks.share(options.batch_size, options.accumulate)
     prepare(ranks.device, options)
@@ -116,7 +118,7 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
     steps_per_epoch = math.ceil(len(batches(1)) / options.accumulate)
     plan = Plan.of(options, len(train_set), steps_per_epoch)
     if folder is not None:
-        folder.describe(
+        folder.compare(
             options,
             parameters=sum(p.numel() for p in distiller.student.parameters()),
             data=train_set.identity(),
@@ -124,12 +126,12 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
             world_size=ranks.world_size,
             **({"decay_steps": plan.steps} if options.schedule == "step" else {}),
         )
-        if micro_batch == 1 < options.batch_size and distiller.fusion is not None:
-            print(
-                "warning: one image at a time a process: CSF then takes its squeeze for single images, and "
-                "BatchNorm sees one image; a larger --batch-size comes closer to the recipe",
-                file=sys.stderr,
-            )
+    if ranks.first and micro_batch == 1 < options.batch_size and distiller.fusion is not None:
+        print(
+            "warning: one image at a time a process: CSF then takes its squeeze for single images, and "
+            "BatchNorm sees one image; a larger --batch-size comes closer to the recipe",
+            file=sys.stderr,
+        )
 
     distiller.to(device)
     if options.sync_batchnorm:
@@ -141,6 +143,8 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
     torch.manual_seed(options.seed + ranks.rank)  # building other modules drew other numbers; dropout is the same
     if options.resume:
         state = restore(options, ranks, distiller, optimizer, averaged)
+    if folder is not None:  # after the checkpoint fitted: what is refused must not be noted as the run's
+        folder.describe()
     schedule = Schedule(optimizer, options, plan)
     if options.compile:
         # an epoch's odd last batch is compiled too, instead of slowing all others
@@ -149,7 +153,6 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
     total_steps = plan.total_steps(state.epoch, state.batch, state.step)
 
     def save(*, best: bool = False) -> None:
-        normalisation = distiller.student.normalisation
         random = ranks.gather([torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None])
         if folder is not None:
             content = {
@@ -157,7 +160,7 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
                 "optimizer": optimizer.state_dict(),
                 "state": vars(state),
                 "random": random,
-                "normalisation": normalisation and json.dumps(normalisation),
+                "metadata": metadata_of(distiller.student),
             }
             if averaged is not None:
                 content["averaged"] = averaged.network.state_dict()
@@ -190,6 +193,8 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
             f"{options.method}: {len(train_set)} training and {len(val_set)} validation images, "
             f"{steps_per_epoch} steps an epoch, {total_steps} in all, on {device}, in {options.run_dir}"
         )
+        if state.step >= total_steps:
+            tracker.say(f"{state.step} steps are done already; to train on, raise --num-epochs or --max-steps")
         if isinstance(options, DistillationOptions) and options.validate_teacher and distiller.teacher is not None:
             tracker.say(f"teacher: val mIoU {validate(distiller.teacher, 'teacher'):.2%}")
 
@@ -347,7 +352,7 @@ def restore(
         raise UserError(f"{options.run_dir} was trained by {len(content['random'])} processes; go on with as many")
     for group, chosen in zip(optimizer.param_groups, numbers, strict=True):
         group.update(chosen)
-    if normalisation := content.get("normalisation"):
+    if normalisation := content.get("metadata", {}).get("normalisation"):
         for network in [distiller.student] + ([averaged.network] if averaged else []):
             network.normalisation = Normalisation(*map(tuple, json.loads(normalisation)))
     random, random_cuda = content["random"][ranks.rank]

@@ -10,14 +10,14 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import re
-import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import cli
 from cli import UserError, writing
@@ -25,6 +25,7 @@ from datasets import find_layout, open_split, synthetic
 from eval.options import IoUOptions
 from eval.records import read_json, read_records
 from models import SegmentationModel, load_model
+from train.optimisation import Plan
 from train.options import ROOT, TrainingOptions
 from train.run_folder import FREE, holds_run
 
@@ -111,7 +112,7 @@ def read_grid(path: Path) -> Grid:
     Raises:
         UserError: it can't be read, or a key is unknown, missing or of another type. Flags are looked at by `plan`.
     """
-    found = next((p for p in (path, GRIDS / path.name, GRIDS / f"{path.name}.toml") if p.is_file()), None)
+    found = next((p for p in (path, GRIDS / path, GRIDS / f"{path}.toml") if p.is_file()), None)
     if found is None:
         known = ", ".join(sorted(p.stem for p in GRIDS.glob("*.toml")))
         raise UserError(f"no grid at {path}; name a TOML file, or one of {known}")
@@ -241,7 +242,8 @@ class Job:
 
     def measured(self) -> dict[str, Any]:
         """What decides the evaluation's figure beyond the weights."""
-        return self.measure | {"data": split_identity(self.dataset, self.datadir, self.measure["subset"])}
+        split = find_split(self.dataset, self.datadir, self.measure["subset"])
+        return self.measure | {"data": split and split.identity}
 
     def record(self, *, evaluated: bool) -> None:
         """Note that the training, or the evaluation too, came to its end."""
@@ -284,17 +286,16 @@ class Job:
         if different:
             return f"with {', '.join(f'{key} {before[key]} instead of {now[key]}' for key in different)}"
         every, list_file = self.options.subset_every, self.options.train_list
-        data = split_identity(self.options.dataset, self.options.datadir, "train", every, list_file)
-        if data and data != before.get("data", data):
+        split = find_split(self.options.dataset, self.options.datadir, "train", every, list_file)
+        if split and split.identity != before.get("data", split.identity):
             return f"on other data than {self.options.datadir} holds now"
         for name in FILES:
             if source[name] and source[name] != done.get(name, source[name]):
                 return f"with another {name.replace('_', ' ')}"
-        # not "start", which names the epoch to come: that of a run taken up at its end is one too many
-        last = max((last_record(self.folder, event) for event in ("train", "val")), key=lambda r: r.get("step", 0))
-        too_many_epochs = last.get("epoch", 0) > source["num_epochs"] and not getattr(self.options, "keep_steps", False)
-        if last.get("step", 0) > (source["max_steps"] or sys.maxsize) or too_many_epochs:
-            return f"for more steps, {last['step']}"
+        if split:
+            planned = Plan.of(self.options, split.images, math.ceil(split.images / self.options.batch_size)).steps
+            if (step := last_record(self.folder).get("step", 0)) > planned:
+                return f"for {step} steps instead of {planned}"
         return None
 
     def commands(self, standing: str) -> list[list[str]]:
@@ -398,17 +399,24 @@ def given_model(where: str, weights: Path) -> SegmentationModel:
         raise UserError(f"{where}: {error}") from error
 
 
-@functools.cache
-def split_identity(
-    dataset: str, datadir: Path, subset: str, every: int = 1, list_file: Path | None = None
-) -> str | None:
-    """Names and sizes of a split's files, as a training's options.json has them; None before the data is drawn.
+class Split(NamedTuple):
+    """What a split's folder holds."""
 
-    They are looked at once: a table of many runs would spend long on it after every run.
+    identity: str
+    """Names and sizes of its files, as a training's options.json has them."""
+    images: int
+
+
+@functools.cache
+def find_split(dataset: str, datadir: Path, subset: str, every: int = 1, list_file: Path | None = None) -> Split | None:
+    """A split, None before the data is drawn.
+
+    It is looked at once: a table of many runs would spend long on it after every run.
     """
     if not datadir.is_dir():
         return None
-    return open_split(dataset, datadir, subset, every=every, list_file=list_file, cache=False).identity()
+    split = open_split(dataset, datadir, subset, every=every, list_file=list_file, cache=False)
+    return Split(split.identity(), len(split))
 
 
 def row_options(row: Row, flags: Mapping[str, Any]) -> TrainingOptions:

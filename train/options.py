@@ -212,6 +212,9 @@ class TrainingOptions:
         """The published batch of this script."""
         return int(type(self).batch_size)  # a dataclass keeps defaults on the class
 
+    def find_weights(self) -> None:
+        """Raise UserError for weights to start or to learn from that are missing: before the data is prepared."""
+
     def load_start(self, model: SegmentationModel, path: Path | None) -> None:
         """Load the weights to start from, if any, and choose how the network's input is normalised."""
         encoder_alone = path is not None and not load_backbone(model, path)
@@ -236,6 +239,7 @@ class TrainingOptions:
     def as_json(self) -> dict[str, Any]:
         """The options as plain JSON values, method and network included."""
         values = {"method": self.method, "network": self.network} | dataclasses.asdict(self)
+        values["datadir"] = self.datadir.absolute()  # for those who read it in another folder
         return json.loads(json.dumps(values, default=str))
 
 
@@ -250,13 +254,26 @@ class StudentOptions(TrainingOptions):
     student_pretrained: bool = False
     """Start the student from its ImageNet encoder in ckpt_pretrained/."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.student_weights is not None and self.student_pretrained:
+            raise UserError("--student-pretrained starts from other weights than --student-weights; leave one out")
+
+    def find_weights(self) -> None:
+        self.student_start()
+
+    def student_start(self) -> Path | None:
+        """The weights that the student starts from, if any. Raises UserError if they are missing."""
+        if self.student_pretrained:
+            return pretrained_path(self.student_model)
+        if self.student_weights is not None and not self.student_weights.exists():
+            raise UserError(f"no weights at {self.student_weights}; give --student-weights a checkpoint")
+        return self.student_weights
+
     def student(self, classes: Classes) -> SegmentationModel:
         """The student as it starts. Built first, so that one seed gives every method the same student."""
         model = self.new_model(self.student_model, classes)
-        path = self.student_weights
-        if path is None and self.student_pretrained:
-            path = pretrained_path(self.student_model)
-        self.load_start(model, path)
+        self.load_start(model, self.student_start())
         return model
 
 
@@ -292,6 +309,8 @@ class DistillationOptions(StudentOptions):
         super().__post_init__()
         self.require("embed_weights", "review_kd_loss_weight", "lambda_cwd", "logits_weight", least=0)
         self.require("temperature", "logits_temperature", above=0)
+        if self.logits_temperature != 1.0 and not self.logits_weight:
+            raise UserError(f"{self._flag('logits_temperature')}, of a loss that --logits-weight switches on")
         hcl = self.knowledge_distillation_loss == "hcl"
         if hcl and (self.lambda_cwd, self.temperature) != (1.0, 1.0):
             raise UserError("--lambda-cwd and --temperature are CWloss's and KL's; hcl has --review-kd-loss-weight")
@@ -320,12 +339,12 @@ class DistillationOptions(StudentOptions):
         """Whether the teacher's logits count: in a loss, or in a measurement."""
         return self.validate_teacher or self.logits_weight > 0
 
-    def teacher(self, classes: Classes) -> SegmentationModel:
-        """The trained teacher; it may have other classes than the data where its logits don't count.
+    def find_weights(self) -> None:
+        super().find_weights()
+        self.teacher_start()
 
-        Raises:
-            UserError: no weights, weights of another model, or other classes where its logits count.
-        """
+    def teacher_start(self) -> Path:
+        """The trained teacher's weights. Raises UserError if they are missing."""
         suffix = "th" if self.teacher_model.startswith("pvt") else "pth"  # as released
         name = f"{self.teacher_model.replace('_', '')}_teacher_{self.dataset.lower()}.{suffix}"
         path = self.teacher_weights or ROOT / "outputs" / name
@@ -333,6 +352,15 @@ class DistillationOptions(StudentOptions):
             raise UserError(
                 f"no teacher at {path}; train one with train/teacher.py, or name one with --teacher-weights"
             )
+        return path
+
+    def teacher(self, classes: Classes) -> SegmentationModel:
+        """The trained teacher; it may have other classes than the data where its logits don't count.
+
+        Raises:
+            UserError: no weights, weights of another model, or other classes where its logits count.
+        """
+        path = self.teacher_start()
         teacher = load_model(path)
         if teacher.name != self.teacher_model:
             raise UserError(
@@ -344,11 +372,15 @@ class DistillationOptions(StudentOptions):
         return teacher
 
 
-def pretrained_path(model: str) -> Path:
-    """Where a model's ImageNet encoder is expected: ckpt_pretrained/mit_b2.pth for segformer_b2."""
+def pretrained_path(model: str, otherwise: str = "") -> Path:
+    """A model's ImageNet encoder: ckpt_pretrained/mit_b2.pth for segformer_b2.
+
+    Raises:
+        UserError: it is missing; `otherwise` is what can be done without it.
+    """
     path = ROOT / "ckpt_pretrained" / f"{model.replace('segformer', 'mit')}.pth"
     if not path.is_file():
-        raise UserError(f"no ImageNet weights at {path}; ckpt_pretrained/README.md says where to get them")
+        raise UserError(f"no ImageNet weights at {path}; ckpt_pretrained/README.md says where to get them" + otherwise)
     return path
 
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy
 import PIL
@@ -65,15 +65,7 @@ class RunFolder:
 
     def __init__(self, options: TrainingOptions) -> None:
         self.path = options.run_dir
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.path / "lock").open("w")
-            # lockf, not flock: data-loading workers that outlive a killed run must not keep its lock
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another run writes into {self.path}; choose another --output-dir") from error
-        except OSError as error:
-            raise UserError(f"can't write to {self.path} ({error.strerror}); choose another --output-dir") from error
+        self.lock = claim(self.path, "run")
         begun = holds_run(self.path)
         if begun and not options.resume:
             raise UserError(
@@ -84,14 +76,14 @@ class RunFolder:
         if not options.resume:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
 
-    def describe(self, options: TrainingOptions, **facts: Any) -> None:
-        """Write options.json: the options, and facts about data and networks.
+    def compare(self, options: TrainingOptions, **facts: Any) -> None:
+        """Take the options, and facts about data and networks, for what `describe` writes.
 
         Raises:
             UserError: a resumed run differs in something that changes its result.
         """
-        known, now = self.path / "options.json", options.as_json() | facts
-        before = (read_json(known) if options.resume else None) or {}
+        self.description = now = options.as_json() | facts
+        before = (read_json(self.path / "options.json") if options.resume else None) or {}
         changed = [
             f"{key} {now.get(key)} instead of {before[key]}"
             for key in before
@@ -102,8 +94,11 @@ class RunFolder:
                 f"--resume with other options than {self.path} began with would change its result: "
                 f"{'; '.join(changed)}; give the same ones, or --override to insist"
             )
-        with writing(known) as aside:
-            aside.write_text(json.dumps(now, indent=2) + "\n")
+
+    def describe(self) -> None:
+        """Write options.json."""
+        with writing(self.path / "options.json") as aside:
+            aside.write_text(json.dumps(self.description, indent=2) + "\n")
 
     def save(self, content: dict[str, Any], *, best: bool = False) -> None:
         """Write a checkpoint, last.pt or best.pt.
@@ -127,6 +122,24 @@ class RunFolder:
                         shutil.copyfile(path, link)
 
 
+def claim(folder: Path, what: str) -> TextIO:
+    """Make a folder, and lock it for this process until the file that is returned is closed.
+
+    Raises:
+        UserError: it can't be written, or another process has locked it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+        # lockf, not flock: data-loading workers that outlive a killed run must not keep its lock
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another {what} writes into {folder}; choose another --output-dir") from error
+    except OSError as error:
+        raise UserError(f"can't write to {folder} ({error.strerror}); choose another --output-dir") from error
+    return lock
+
+
 def holds_run(folder: Path) -> bool:
     """Whether a run was begun there that can be taken up."""
     return any((folder / name).exists() for name in CHECKPOINTS)
@@ -146,7 +159,7 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any]:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            problem = str(error).splitlines()[0]
+            problem = (str(error) or type(error).__name__).splitlines()[0]  # an empty file's error says nothing
             print(f"warning: {path} is damaged ({problem})", file=sys.stderr)
             continue
         if name == "previous.pt":
@@ -156,12 +169,13 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any]:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What a run was made with: command, versions, device, git revision."""
+    """What a run was made with: command, process, versions, device, git revision."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
     )
     return {
         "command": sys.argv,
+        "pid": os.getpid(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import shlex
 import signal
 import statistics
@@ -12,7 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -33,26 +33,26 @@ class Running:
     process: subprocess.Popen[bytes]
     training: bool
     started: float
-    first_step: int
-    log_start: int
-    total: int | None = None
-    """Steps of the whole run, once the training has said so."""
+    """When the process was started, then when its training began: imports and caches don't count as steps."""
+    begin: dict[str, Any] = field(default_factory=dict)
+    """The process's own "start" record, once it is there: an earlier process's may stand before it."""
+
+    def look(self) -> None:
+        """See whether the training has begun."""
+        record = last_record(self.job.folder, "start") if self.training and not self.begin else {}
+        if record.get("pid") == self.process.pid:
+            self.begin, self.started = record, time.monotonic()
 
     def step(self) -> int | None:
-        """The last step that was logged; None before the first."""
-        if self.total is None:
-            with self.job.log.open("rb") as log:
-                log.seek(self.log_start)
-                told = re.search(rb", (\d+) in all, on ", log.read(2**16))
-            self.total = int(told[1]) if told else None
-        return last_record(self.job.folder).get("step") if self.total is not None else None
+        """The last step that was logged; None until the training begins."""
+        return last_record(self.job.folder).get("step", self.begin["step"]) if self.begin else None
 
-    def estimate(self) -> float | None:
-        """Seconds that this process will take in all, by its steps so far."""
-        done = (self.step() or 0) - self.first_step
-        if not self.training or self.total is None or done <= 0:
+    def estimate(self) -> tuple[float, float] | None:
+        """Seconds that are left to this training, and that one of all its steps takes, by its steps so far."""
+        if (step := self.step()) is None or step <= self.begin["step"]:
             return None
-        return (time.monotonic() - self.started) * (self.total - self.first_step) / done
+        a_step = (time.monotonic() - self.started) / (step - self.begin["step"])
+        return a_step * (self.begin["total_steps"] - step), a_step * self.begin["total_steps"]
 
     def __str__(self) -> str:
         if not self.training:
@@ -60,7 +60,8 @@ class Running:
         if (step := self.step()) is None:
             return f"{self.job}: starting"
         miou = last_record(self.job.folder, "val").get("mean_iou")
-        return f"{self.job}: step {step}/{self.total}" + ("" if miou is None else f", val mIoU {miou:.2%}")
+        text = f"{self.job}: step {step}/{self.begin['total_steps']}"
+        return text if miou is None else f"{text}, val mIoU {miou:.2%}"
 
 
 class Runner:
@@ -81,12 +82,13 @@ class Runner:
         self, jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], ended: Callable[[dict[Job, str]], object]
     ) -> None:
         self.places, self.free, self.on_end = len(slots), deque(slots), ended
-        self.waiting: list[Job] = []
-        for job in sorted(jobs, key=lambda job: job.teacher is not None):
+
+        def due(job: Job) -> bool:
             # a student of a teacher that goes on is looked at again when that is done
-            if job.standing() != "finished" or job.teacher in self.waiting:
-                self.waiting.append(job)
-        self.waiting.sort(key=jobs.index)
+            taught_anew = job.teacher is not None and due(job.teacher)
+            return job.standing() != "finished" or taught_anew
+
+        self.waiting = [job for job in jobs if due(job)]
         self.planned = len(self.waiting)
         self.running: list[Running] = []
         self.failed: dict[Job, str] = {}
@@ -105,6 +107,7 @@ class Runner:
                 while (self.waiting or self.running) and interrupt.signal is None:
                     self.start_ready()
                     for one in list(self.running):
+                        one.look()
                         if one.process.poll() is not None:
                             self.over(one)
                     if time.monotonic() - shown > self.SHOW_SECONDS:
@@ -146,27 +149,25 @@ class Runner:
 
     def start(self, job: Job, slot: Mapping[str, str], command: list[str]) -> None:
         """Start one of a job's commands; what it says goes into the job's log."""
-        job.folder.mkdir(parents=True, exist_ok=True)
-        with job.log.open("ab") as log:
-            log.write(f"$ python {shlex.join(command)}\n".encode())
-            log.flush()
-            one = Running(
-                job=job,
-                slot=slot,
-                process=subprocess.Popen(
+        try:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            with job.log.open("ab") as log:
+                log.write(f"$ python {shlex.join(command)}\n".encode())
+                log.flush()
+                process = subprocess.Popen(
                     [sys.executable, *command],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=os.environ | slot,
                     start_new_session=True,  # Ctrl-C reaches it through us, once; a second signal would not let it save
-                ),
-                training=command is not job.evaluation,
-                started=time.monotonic(),
-                first_step=last_record(job.folder).get("step", 0) if job.begun else 0,
-                log_start=log.tell(),
-            )
-        self.running.append(one)
+                )
+        except OSError as error:
+            self.free.append(slot)
+            self.fail(job, f"it can't be started ({error})")
+            return
+        training = command is not job.evaluation
+        self.running.append(Running(job=job, slot=slot, process=process, training=training, started=time.monotonic()))
 
     def over(self, one: Running) -> None:
         """Go on from training to evaluation, or call the job finished or failed."""
@@ -174,13 +175,15 @@ class Runner:
         job, code = one.job, one.process.returncode
         if code == 0 and one.training:
             job.record(evaluated=False)
-            self.took.append(time.monotonic() - one.started)
+            if (estimate := one.estimate()) is not None:
+                self.took.append(estimate[1])
             self.start(job, one.slot, job.evaluation)
             return
         self.free.append(one.slot)
         if code:
             said = [line for line in job.log.read_text(errors="replace").splitlines()[-20:] if line.strip()]
-            self.fail(job, f"{said[-1]} (exit code {code}, {short(job.log)})")
+            ended = f"exit code {code}" if code > 0 else signal.strsignal(-code)
+            self.fail(job, f"{said[-1]} ({ended}, {short(job.log)})")
             return
         if (result := job.result()) is None:
             self.fail(job, f"its evaluation wrote no mean IoU ({short(job.log)})")
@@ -200,12 +203,12 @@ class Runner:
         """How many are done, and roughly how long the rest takes."""
         over = self.planned - len(self.waiting) - len(self.running)
         text = f"{over} of {self.planned} runs done" + (f", {len(self.failed)} of them failed" if self.failed else "")
-        estimates = [(one, one.estimate()) for one in self.running]
-        known = self.took + [seconds for _, seconds in estimates if seconds is not None]
+        estimates = [(one, one.estimate()) for one in self.running if one.training]
+        known = self.took + [estimate[1] for _, estimate in estimates if estimate]
         if known and over < self.planned:
             mean, now = statistics.mean(known), time.monotonic()
-            left = sum(max(0.0, (seconds or mean) - (now - one.started)) for one, seconds in estimates if one.training)
-            left = (left + mean * len(self.waiting)) / min(self.places, len(estimates) + len(self.waiting))
+            left = sum(e[0] if e else max(0.0, mean - (now - one.started)) for one, e in estimates)
+            left = (left + mean * len(self.waiting)) / min(self.places, len(self.running) + len(self.waiting))
             hours, minutes = divmod(math.ceil(left / 60), 60)
             text += ", about " + (f"{hours} h " if hours else "") + f"{minutes} min left"
         return text

@@ -38,7 +38,6 @@ training data have changed is refused, one whose evaluation or its data have cha
 fails does not stop the others; the table then says why and where its log is, and the exit code is 1.
 """
 
-import fcntl
 import json
 import shlex
 import statistics
@@ -78,6 +77,7 @@ from train.grid import (
     with_teacher,
 )
 from train.options import ROOT, DistillationOptions, StudentOptions
+from train.run_folder import claim
 from train.runner import Runner, slots
 
 WIDTH = 120  # of the printed table, where there is no terminal to ask
@@ -264,7 +264,7 @@ def results(jobs: Sequence[Job], failed: Mapping[Job, str]) -> list[Result]:
                 miou=miou[name],
                 conditions=conditions,
                 gain=Spread.of([value - alone[seed] for seed, value in miou[name].items() if seed in alone]),
-                steps=[last_record(job.folder)["step"] for job in row if job in scores and job.options],
+                steps=[r["step"] for job in row if job in scores and job.options and (r := last_record(job.folder))],
                 planned=len(row),
                 failed={job.seed: failed[job] for job in row if job in failed},
             )
@@ -364,12 +364,7 @@ def main(options: Options) -> None:
                 print(f"python {shlex.join(command)}")
         return
     table = Table(grid, jobs, output)
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "lock").open("w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another table is at work in {short(output)}; choose another --output-dir") from error
+    with claim(output, "table"):
         if scenes is not None:
             synthetic.main(scenes)
         runner = Runner(selected, places, lambda failed: table.write(failed))

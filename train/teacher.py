@@ -37,12 +37,27 @@ class Options(TrainingOptions):
     from_scratch: bool = False
     """Start from random weights."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.from_scratch and self.teacher_weights is not None:
+            raise cli.UserError("--from-scratch starts from no weights; leave it or --teacher-weights out")
+
+    def find_weights(self) -> None:
+        self.teacher_start()
+
+    def teacher_start(self) -> Path | None:
+        """The weights to start from, if any. Raises UserError if they are missing."""
+        if self.teacher_weights is not None and not self.teacher_weights.exists():
+            raise cli.UserError(f"no weights at {self.teacher_weights}; give --teacher-weights a checkpoint")
+        if self.from_scratch or self.teacher_weights is not None:
+            return self.teacher_weights
+        return pretrained_path(self.teacher_model, ", or start without them by --from-scratch")
+
 
 def main(options: Options) -> None:
     setup = start(options)
     teacher = options.new_model(options.teacher_model, setup.classes)
-    start_from = None if options.from_scratch else options.teacher_weights or pretrained_path(options.teacher_model)
-    options.load_start(teacher, start_from)
+    options.load_start(teacher, options.teacher_start())
     train(Distiller(teacher, setup.classes.weights), setup, options)
 
 

@@ -1,0 +1,33 @@
+"""IoU per class and mean of a model on any data set, your own included.
+
+    python eval/eval_iou.py --dataset mine --datadir /data/mine --weights student.safetensors
+
+Protocols and `--json` as in eval_cityscapes_iou.py.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+if __package__ in (None, ""):  # run from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from cli import run
+from datasets import DATASETS
+from eval.commands import score
+from eval.options import IoUOptions
+
+
+@dataclass(kw_only=True)
+class Options(IoUOptions):
+    dataset: Literal[DATASETS]  # type: ignore[valid-type]
+    """The data set: its layout, classes and labels."""
+
+
+def main(options: Options) -> None:
+    score(options.dataset, options)
+
+
+if __name__ == "__main__":
+    run(main, Options)
