@@ -62,11 +62,11 @@ def find_split(dataset: str, datadir: Path | str, subset: str, *, conditions: Se
             known = ", ".join(layout.conditions) or "it has none"
             raise UserError(f"{layout.name} has no condition {condition!r} ({known})")
     if not datadir.is_dir():
-        raise UserError(f"no folder {datadir}; --datadir must hold {_expected(layout, subset)}")
+        raise UserError(f"no folder {datadir}; --datadir must hold {layout.expects(subset)}")
     pairing = layout.find(datadir, subset, tuple(conditions or layout.conditions))
     for folder in pairing.empty:
         what = "no .png or .jpg images in" if folder.is_dir() else "no folder"
-        raise UserError(f"{what} {folder}; --datadir must hold {_expected(layout, subset)}")
+        raise UserError(f"{what} {folder}; --datadir must hold {layout.expects(subset)}")
     return pairing
 
 
@@ -105,14 +105,10 @@ def open_split(
         if not pairing.samples:
             raise UserError(f"{list_file} names no image")
     if require_labels and (problems := pairing.problems()):
-        raise UserError(f"{'; '.join(problems)} in {datadir}; expected {_expected(layout, subset)}")
+        raise UserError(f"{'; '.join(problems)} in {datadir}; expected {layout.expects(subset)}")
     scenes = SceneDataset(
         pairing.samples[::every], layout.classes, height=height, augment=augment, full_labels=full_labels
     )
     if cache:
         scenes.use_cache(cache_dir or default_cache_dir(), f"{layout.name}-{subset}-{height}")
     return scenes
-
-
-def _expected(layout: Layout, subset: str) -> str:
-    return layout.expected.replace("{subset}", subset)

@@ -24,7 +24,7 @@ def find(datadir: Path, subset: str, conditions: Sequence[str] = CONDITIONS) -> 
             label_suffix="_gt",
             condition=condition,
         )
-        for condition in sorted(conditions)
+        for condition in sorted(set(conditions))
     ]
     return Pairing(
         [sample for part in parts for sample in part.samples],

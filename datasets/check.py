@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 import cli
 from datasets import DATASETS, find_layout, find_split
@@ -96,7 +96,7 @@ def check(options: Options) -> dict[str, Finding]:
             continue
         total = findings.setdefault(subset, Finding())
         if subset != "test":  # its labels are not public
-            total.problems += pairing.problems()
+            total.problems += [f"{problem}; expected {layout.expects(subset)}" for problem in pairing.problems()]
         with ThreadPoolExecutor() as pool:
             looks = pool.map(lambda sample: look(sample, classes), pairing.samples)
             for found in track(looks, subset, len(pairing.samples), console=Console(stderr=True), transient=True):
@@ -133,11 +133,13 @@ def main(options: Options) -> None:
     console.print(table)
 
     splits = [name for name, found in findings.items() if "/" not in name and found.labelled]
-    histogram = Table("class", *(f"{name} pixels %" for name in splits), *(f"{name} images" for name in splits))
+    headers = [f"{name} {what}" for what in ("pixels %", "images") for name in splits]
+    histogram = Table(Column("class", no_wrap=True), *headers)
     for name in (*find_layout(options.dataset).classes.names, "ignore"):
         shares = [100 * findings[s].pixels[name] / max(findings[s].pixels.total(), 1) for s in splits]
         histogram.add_row(name, *(f"{share:.2f}" for share in shares), *(str(findings[s].occurs[name]) for s in splits))
-    console.print(histogram)
+    if splits:
+        console.print(histogram)
 
     if options.json is not None:
         with cli.writing(options.json) as aside:

@@ -48,6 +48,13 @@ class Classes:
     ignored_label_ids: tuple[int, ...] = ()
     """Label ids that stand for no class of ours."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for palette, weights or label ids without a last entry for ignore."""
+        for what in ("palette", "weights", "label_ids"):
+            given = getattr(self, what)
+            if given is not None and len(given) != self.num_outputs:
+                raise ValueError(f"{self.name}: {len(given)} {what} for {self.num_classes} classes and ignore")
+
     @property
     def num_classes(self) -> int:
         return len(self.names)

@@ -17,6 +17,7 @@ interruption give the same command again. NYUv2 and VOC2012 need `pip install -r
 
 import importlib
 import io
+import lzma
 import re
 import shutil
 import sys
@@ -40,6 +41,7 @@ import cli
 from cli import UserError
 from datasets import find_split, open_split
 from datasets.samples import files_below
+from datasets.scenes import BROKEN
 
 # SegNet's labels (sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist, unlabelled) as
 # train ids of Cityscapes
@@ -109,8 +111,17 @@ def reading(path: Path) -> Iterator[None]:
     """Whatever a damaged archive makes the readers raise, as one line."""
     try:
         yield
-    # RuntimeError: encrypted; NotImplementedError: packed in a way that zipfile doesn't know
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError) as error:
+    # RuntimeError: encrypted; NotImplementedError: packed in a way that zipfile doesn't know; ValueError: odd names
+    except (
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} is not a whole archive ({reason}); download it again") from error
 
@@ -261,7 +272,7 @@ def decode(data: bytes, origin: str) -> np.ndarray:
     """An image's pixels. Raises UserError if it can't be read."""
     try:
         return np.asarray(Image.open(io.BytesIO(data)))
-    except (OSError, SyntaxError, ValueError) as error:
+    except BROKEN as error:
         raise UserError(f"{origin} cannot be read as an image ({error}); download it again") from error
 
 

@@ -62,7 +62,12 @@ class Layout:
     subsets: tuple[str, ...]
     conditions: tuple[str, ...]
     expected: str
+    """Folders and names in words; {subset} stands for a split's name."""
     find: Callable[[Path, str, Sequence[str]], Pairing]
+
+    def expects(self, subset: str) -> str:
+        """What a split's files must be called, in words."""
+        return self.expected.replace("{subset}", subset)
 
 
 def first(paths: Sequence[Path], count: int = 3) -> str:
@@ -83,9 +88,11 @@ def pair_folders(
     image_suffix: str,
     label_suffix: str,
     condition: str | None = None,
+    encoding: Encoding | None = None,
 ) -> Pairing:
     """Pair {key}{image_suffix}.png|jpg|jpeg in folder `images` with
-    {key}{label_suffix}_labelTrainIds.png or else {key}{label_suffix}_labelIds.png in `labels`.
+    {key}{label_suffix}_labelTrainIds.png or else {key}{label_suffix}_labelIds.png in `labels`; given an `encoding`,
+    with {key}{label_suffix}.png, which is read by it.
 
     Both folders are relative to `datadir`; a key includes the subfolders, such as the city.
     Raises UserError if two images have one key.
@@ -95,11 +102,13 @@ def pair_folders(
         f"{label_suffix}_labelTrainIds.png": "train_ids",
         f"{label_suffix}_labelIds.png": "label_ids",
     }
+    if encoding is not None:
+        kinds = {f"{label_suffix}.png": encoding}
     for path in files_below(datadir / labels):
-        for ending, encoding in kinds.items():
+        for ending, kind in kinds.items():
             if path.name.endswith(ending):
                 key = path.relative_to(datadir / labels).as_posix().removesuffix(ending)
-                found[key][encoding] = path
+                found[key][kind] = path
 
     samples: dict[str, Sample] = {}
     for path in files_below(datadir / images):
@@ -110,9 +119,9 @@ def pair_folders(
         if key in samples:
             raise UserError(f"{samples[key].image} and {path} have the same name; keep one of them")
         sample = Sample(path, None, path.relative_to(datadir).as_posix(), condition)
-        for encoding in ("train_ids", "label_ids"):
-            if encoding in found[key]:
-                sample = replace(sample, label=found[key][encoding], encoding=encoding)
+        for kind in kinds.values():
+            if kind in found[key]:
+                sample = replace(sample, label=found[key][kind], encoding=kind)
                 break
         samples[key] = sample
 

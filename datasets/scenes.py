@@ -19,7 +19,8 @@ from datasets.classes import UNEXPECTED, Classes
 from datasets.samples import Sample
 from datasets.transforms import Augmentation, label_size, resize_image, resize_label, resized_size
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for a damaged image."""
 
 
 class Item(NamedTuple):
@@ -44,7 +45,7 @@ def open_image(path: Path, *, load: bool = True, upright: bool = False) -> Image
             image = ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise UserError(f"{path} is gone; put it back or start again without it") from error
-    except _BROKEN as error:
+    except BROKEN as error:
         raise UserError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from error
     return image
 

@@ -54,3 +54,11 @@ def test_a_split_that_is_missing(command: Command, scenes: Path, tmp_path: Path)
 def test_nothing_there(command: Command, tmp_path: Path) -> None:
     done = command("-m", "datasets.check", "--datadir", tmp_path / "nowhere")
     assert done.returncode == 2 and "nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_label_found(command: Command, scenes: Path, tmp_path: Path) -> None:
+    """Then the names that labels should have are told instead of an empty histogram."""
+    shutil.copytree(scenes / "leftImg8bit", tmp_path / "leftImg8bit")
+    done = command("-m", "datasets.check", "--datadir", tmp_path)
+    assert done.returncode == 2 and "gtFine/val/<city>/*_gtFine_labelTrainIds.png" in done.stdout
+    assert "traffic light" not in done.stdout

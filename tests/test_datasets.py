@@ -22,7 +22,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from cli import UserError
 from datasets import Augmentation, evaluation_batches, open_split, training_batches
 from datasets.cache import Cache
-from datasets.classes import CITYSCAPES, Classes
+from datasets.classes import CITYSCAPES, Classes, colormap
 from datasets.samples import pair_folders
 from datasets.scenes import SceneDataset
 from datasets.transforms import Draw, quarter, resize_label, resized_size, shift
@@ -144,7 +144,7 @@ def test_acdc_conditions(tmp_path: Path):
     assert [sample.condition for sample in dataset.samples] == ["fog", "night", "rain", "snow"]
     assert dataset.samples[0].name == "rgb_anon/fog/val/GOPR1/GOPR1_frame_000001_rgb_anon.png"
     assert dataset[3].image.shape == (3, 32, 56) and (dataset[3].label == 0).all()
-    assert len(open_split("ACDC", tmp_path, "val", conditions=["rain"], height=32, cache=False)) == 1
+    assert len(open_split("ACDC", tmp_path, "val", conditions=["rain", "rain"], height=32, cache=False)) == 1
     for wrong, words in (
         ({"subset": "val_ref"}, "no subset 'val_ref'"),
         ({"subset": "train"}, r"no folder .*rgb_anon/fog/train; --datadir must hold rgb_anon/"),
@@ -578,3 +578,15 @@ def test_two_builders_at_once_make_one_cache(tmp_path: Path, start_build):
     results = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     assert results[0][0] == results[1][0] and len(names(tmp_path / "cache")) == 1
+
+
+def test_own_names_and_classes(tmp_path: Path) -> None:
+    for name in ("photos/a.jpg", "masks/a_mask.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    (sample,) = pair_folders(
+        tmp_path, "photos", "masks", image_suffix="", label_suffix="_mask", encoding="label_ids"
+    ).samples
+    assert sample.label == tmp_path / "masks/a_mask.png" and sample.encoding == "label_ids"
+    with pytest.raises(ValueError, match="2 palette for 2 classes and ignore"):
+        Classes("mine", ("road", "sky"), colormap(2), None, (0, 1, 255))

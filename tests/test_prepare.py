@@ -389,6 +389,20 @@ def test_a_damaged_member(zips: SimpleNamespace, tmp_path: Path) -> None:
     assert (tmp_path / "data" / entry.filename).read_bytes() == zips.files[entry.filename]
 
 
+def test_a_damaged_repacked_archive(zips: SimpleNamespace, tmp_path: Path) -> None:
+    """Packed by LZMA, whose errors are of a kind of their own."""
+    with zipfile.ZipFile(zips.images, "w", zipfile.ZIP_LZMA) as packed:
+        packed.writestr(
+            name := "leftImg8bit/train/aachen/a_leftImg8bit.png", bytes(RNG.integers(0, 256, 5000, np.uint8))
+        )
+        at = packed.getinfo(name).header_offset
+    spoiled = bytearray(zips.images.read_bytes())
+    spoiled[at + 30 + len(name) + 4 : at + 30 + len(name) + 9] = b"\xff" * 5  # its properties
+    zips.images.write_bytes(spoiled)
+    with pytest.raises(UserError, match=r"leftImg8bit_trainvaltest.zip is not a whole archive"):
+        run("cityscapes", zips.folder, to=tmp_path / "data")
+
+
 @pytest.mark.parametrize(
     "name", ["leftImg8bit/train/../../../evil_leftImg8bit.png", "/evil_leftImg8bit.png", "C:\\evil.png"]
 )

@@ -167,10 +167,12 @@ def test_a_second_call_draws_what_lacks_and_other_settings_are_refused(tmp_path)
     before = files(root)
     lost, kept = (root / name for name in sorted(before)[:2])
     lost.unlink()
-    written = kept.stat().st_mtime_ns
+    note = root / "dataset.json"
+    written = kept.stat().st_mtime_ns, note.stat().st_mtime_ns
     write_dataset(root, **COUNTS)
-    assert files(root) == before and kept.stat().st_mtime_ns == written
-    assert json.loads((root / "dataset.json").read_text())["train"] == 3
+    # nor is the note touched: another process that reads it meanwhile would find half of it
+    assert files(root) == before and (kept.stat().st_mtime_ns, note.stat().st_mtime_ns) == written
+    assert json.loads(note.read_text())["train"] == 3
     with pytest.raises(cli.UserError, match="something else"):
         write_dataset(root, **COUNTS | {"seed": 1})
     (tmp_path / "b").mkdir()

@@ -109,7 +109,7 @@ def draw_dataset(options: Options, progress: bool) -> Path:
     for i, _ in enumerate(draw_all(todo, options), 1):
         if progress and (i == len(todo) or (i % 10 == 0 and sys.stderr.isatty())):
             rate, end = i / (time.perf_counter() - start), "\n" if i == len(todo) else ""
-            print(f"\r{i} of {len(todo)} scenes drawn, {rate:.0f} a second ", end=end, file=sys.stderr, flush=True)
+            print(f"\r{i} of {len(todo)} scenes drawn, {rate:.1f} a second ", end=end, file=sys.stderr, flush=True)
     if progress:
         print(f"{options.output}: {len(wanted)} scenes, {len(todo)} of them new")
     return options.output
@@ -132,8 +132,9 @@ def claim(options: Options) -> None:
     empty = not root.exists() or (root.is_dir() and not any(root.iterdir()))
     if not empty and not (note.is_file() and note.read_text() == text):
         raise cli.UserError(f"{root} holds something else than this data set; empty it or choose another folder")
-    root.mkdir(parents=True, exist_ok=True)
-    note.write_text(text)
+    if empty:
+        root.mkdir(parents=True, exist_ok=True)
+        note.write_text(text)
 
 
 def draw_all(todo: list[Scene], options: Options) -> Iterator[None]:
