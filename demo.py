@@ -133,7 +133,8 @@ def train(script: str, run: Path, options: Options, epochs: int, *flags: object)
 
 def weathers(run: Path) -> dict[str, Any]:
     """A run's scores on fog, night, rain and snow, which no training has seen."""
-    return {"conditions": (read_json(run / "weathers.json") or {})["conditions"]}
+    scores = read_json(run / "weathers.json") or {}
+    return {"conditions": {"all four": {"mean_iou": scores["mean_iou"]}} | scores["conditions"]}
 
 
 def comparisons(options: Options, runs: dict[str, Path]) -> list[tuple[str, Image.Image]]:

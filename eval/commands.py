@@ -31,7 +31,7 @@ def score(dataset: str, options: IoUOptions) -> Evaluation:
         num_workers=options.num_workers,
         device=device,
     )
-    title = f"{weights.name} on {dataset} {options.subset}, {evaluation.images} images"
+    title = f"{weights} on {dataset} {options.subset}, {evaluation.images} images"
     print(title)  # not as the table's: it may be longer than the table is wide
     Console().print(iou_table(evaluation))
     if options.json is not None:

@@ -298,18 +298,14 @@ def examples_html(examples: Sequence[Example]) -> str:
 
 
 def conditions_table(evaluations: Mapping[str, dict[str, Any]]) -> str:
-    """mIoU of all conditions together and of each, where an evaluation has them."""
+    """mIoU under each condition, where an evaluation has them."""
     split = {name: e for name, e in evaluations.items() if e.get("conditions")}
     names = list(dict.fromkeys(key for e in split.values() for key in e["conditions"]))
     rows = [
-        [
-            escape(name),
-            percent(e["mean_iou"]),
-            *(percent(e["conditions"].get(key, {}).get("mean_iou")) for key in names),
-        ]
+        [escape(name), *(percent(e["conditions"].get(key, {}).get("mean_iou")) for key in names)]
         for name, e in split.items()
     ]
-    return table(["mIoU, %", "all", *map(escape, names)], rows) if rows else ""
+    return table(["mIoU, %", *map(escape, names)], rows) if rows else ""
 
 
 def options_table(runs: Sequence[Run]) -> str:
