@@ -29,6 +29,7 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
     """
     try:
         main(parse(options, sys.argv[1:], sys.modules[main.__module__].__doc__))
+        sys.stdout.flush()
     except UserError as error:
         rank = os.environ.get("RANK")  # torchrun's
         print(f"error: {error}" if rank is None else f"error: [rank {rank}] {error}", file=sys.stderr)
@@ -62,6 +63,7 @@ def parse(options: type[T], arguments: Sequence[str], manual: str | None = None)
             return tyro.cli(options, args=arguments, description=manual, default=default)  # type: ignore[return-value]
     except SystemExit as end:
         if not end.code:
+            sys.stdout.flush()
             raise  # --help
         title, *text = (line.strip("╭─╮│╰╯ ") for line in box.getvalue().splitlines())
         told = " ".join(line for line in itertools.takewhile(lambda line: "full helptext" not in line, text) if line)

@@ -74,10 +74,23 @@ def first(paths: Sequence[Path], count: int = 3) -> str:
     return ", ".join(path.name for path in paths[:count]) + (", …" if len(paths) > count else "")
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Every visible file below `folder`, through links too: data sets are often linked together."""
-    for parent, _, names in os.walk(folder, followlinks=True):
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
+def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Every file below `folder` that is not hidden, through links too: data sets are often linked together.
+
+    `above` are the folders on the way here, into which a link would lead round and round.
+    """
+    here = folder.resolve()
+    try:
+        entries = [] if here in above else list(os.scandir(folder))
+    except OSError:
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from files_below(Path(entry.path), (*above, here))
+        else:
+            yield Path(entry.path)
 
 
 def pair_folders(

@@ -390,10 +390,13 @@ def evaluate_run(one: Run, options: Options) -> None:
     missing = [key for key in ("dataset", "datadir", "height") if key not in one.options]
     if missing:
         raise UserError(f"{one.folder / 'options.json'} has no {missing[0]}; evaluate this run by its IoU script")
+    again = found or {}  # as it was evaluated before
     chosen = IoUOptions(
         datadir=options.datadir or Path(one.options["datadir"]),
-        weights=one.folder / f"{one.options.get('network', 'student')}.safetensors",
-        height=one.options["height"],
+        weights=Path(again.get("weights", one.folder / f"{one.options.get('network', 'student')}.safetensors")),
+        subset=again.get("subset", "val"),
+        protocol=again.get("protocol", "paper"),
+        height=again.get("height", one.options["height"]),
         num_workers=0,
         device=options.device,
         json=one.folder / "eval.json",

@@ -23,7 +23,7 @@ from cli import UserError
 from datasets import Augmentation, evaluation_batches, open_split, training_batches
 from datasets.cache import Cache
 from datasets.classes import CITYSCAPES, Classes, colormap
-from datasets.samples import pair_folders
+from datasets.samples import files_below, pair_folders
 from datasets.scenes import SceneDataset
 from datasets.transforms import Draw, quarter, resize_label, resized_size, shift
 
@@ -578,6 +578,19 @@ def test_two_builders_at_once_make_one_cache(tmp_path: Path, start_build):
     results = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     assert results[0][0] == results[1][0] and len(names(tmp_path / "cache")) == 1
+
+
+def test_files_below_a_folder(tmp_path: Path) -> None:
+    """Through links, but not round and round; hidden ones are none of ours."""
+    for name in ("a.png", ".b.png", ".hidden/c.png", "one/d.png", "two/e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "one/ring").symlink_to(tmp_path)
+    (tmp_path / "one/link").symlink_to(tmp_path / "two")
+    (tmp_path / "two/back").symlink_to(tmp_path / "one")
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in files_below(tmp_path))
+    assert found == ["a.png", "one/d.png", "one/link/e.png", "two/back/d.png", "two/e.png"]
+    assert list(files_below(tmp_path / "nowhere")) == []
 
 
 def test_own_names_and_classes(tmp_path: Path) -> None:

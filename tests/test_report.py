@@ -145,8 +145,9 @@ def test_an_evaluation_goes_with_its_run(tmp_path: Path, monkeypatch: pytest.Mon
     (run.folder / "options.json").write_text(json.dumps({"dataset": "cityscapes", "datadir": "x", "height": 64}))
     save_model(create_model("segformer_b0"), run.folder / "student.safetensors", step=4)
     written = {"mean_iou": 0.3, "weights": str(tmp_path / "first" / "student.safetensors")}
-    evaluated: list[Path | None] = []
-    monkeypatch.setattr("eval.report.score", lambda dataset, options: evaluated.append(options.weights))
+    written |= {"subset": "test", "protocol": "full"}
+    evaluated: list[tuple[Path | None, str, str]] = []
+    monkeypatch.setattr("eval.report.score", lambda _, o: evaluated.append((o.weights, o.subset, o.protocol)))
     for step, mean, anew in ((4, 0.3, False), (None, 0.3, False), (2, 0.4, True)):
         (run.folder / "eval.json").write_text(json.dumps(written | {"step": step}))
         found = run.evaluation()
@@ -154,6 +155,7 @@ def test_an_evaluation_goes_with_its_run(tmp_path: Path, monkeypatch: pytest.Mon
         assert anew or found["weights"] == str(run.folder / "student.safetensors")
         evaluate_run(run, Options((run.folder,)))
         assert bool(evaluated) == anew
+    assert evaluated == [(run.folder / "student.safetensors", "test", "full")]  # as before
     html = write_report(tmp_path / "page.html", title="T", runs=[run]).read_text(encoding="utf-8")
     assert "eval.json of copy: the training went on after it" in html
 

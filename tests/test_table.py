@@ -19,7 +19,7 @@ from cli import UserError
 from datasets.synthetic import write_dataset
 from models import create_model, save_model
 from train import table
-from train.grid import GRIDS, Job, Row, find_split, plan, read_grid, seeds_on_disk, with_teacher, words
+from train.grid import GRIDS, Job, Row, plan, read_grid, seeds_on_disk, split_facts, with_teacher, words
 from train.options import ROOT
 from train.runner import Runner, Running, slots
 from train.table import Spread, Table, chosen, results, size_of
@@ -191,7 +191,7 @@ def test_what_a_folder_tells(folder: Path) -> None:
             path = folder / "data" / name / split / "a" / f"{count}_{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_name(path.name.replace("gtFine.", "gtFine_labelIds.")).touch()
-        find_split.cache_clear()
+        split_facts.cache_clear()
 
     write("train", 1)
     write("val", 1)
@@ -199,7 +199,7 @@ def test_what_a_folder_tells(folder: Path) -> None:
     assert job.standing() == "new" and job.commands("new") == [job.training, job.evaluation]
     job.folder.mkdir(parents=True)
     assert job.options is not None
-    split = find_split("cityscapes", folder / "data", "train")
+    split = split_facts("cityscapes", folder / "data", "train")
     assert split is not None
     saved = job.options.as_json() | {"data": split.identity}
     (job.folder / "options.json").write_text(json.dumps(saved))
@@ -352,13 +352,13 @@ def test_how_far_a_training_is(tmp_path: Path) -> None:
     """It is told by its own records: those of the process before it stay in front of them."""
 
     def write(*records: tuple[str, int, int]) -> None:
-        lines = [{"event": event, "step": step, "pid": pid, "total_steps": 100 * pid} for event, step, pid in records]
+        lines = [{"event": event, "step": step, "time": t, "total_steps": 100 * t} for event, step, t in records]
         (job.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    job, process = fake(tmp_path, "a"), SimpleNamespace(pid=2, poll=lambda: None)
+    job, process = fake(tmp_path, "a"), SimpleNamespace(poll=lambda: None)
     job.folder.mkdir()
     started = time.monotonic() - 1000  # most of which went into a cache
-    one = Running(job=job, slot={}, process=process, training=True, started=started)  # type: ignore[arg-type]
+    one = Running(job=job, slot={}, process=process, training=True, since=1.5, started=started)  # type: ignore[arg-type]
     one.look()
     assert str(one) == "a: starting"
     before = [("start", 0, 1), *(("train", step, 1) for step in range(1, 80))]

@@ -1,6 +1,7 @@
 """Training through the command line on drawn scenes, and the engine's promises."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from models import create_model, load_model
 from models.distillation import Distiller
 from tests.conftest import ROOT, Command
 from tests.golden_data import load
-from train import TransKDBase, student, teacher
+from train import TransKDBase, options, student, teacher
 from train.optimisation import Plan, Schedule, new_optimizer
 from train.options import TrainingOptions
 from train.TransKDBase import Options
@@ -239,8 +240,9 @@ def test_mistakes_end_in_one_line(
     ],
 )
 def test_missing_weights_are_told_before_the_data_is_read(
-    script: ModuleType, flags: dict[str, Any], says: str, tmp_path: Path
+    script: ModuleType, flags: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(options, "ROOT", tmp_path)
     with pytest.raises(UserError, match=says):
         script.main(script.Options(datadir=tmp_path / "no data", output_dir=tmp_path / "run", **flags))
     assert not (tmp_path / "run").exists()
@@ -261,8 +263,12 @@ def test_flags_that_contradict_each_other(flags: dict[str, Any], says: str) -> N
 
 
 def test_a_reader_that_leaves() -> None:
-    ended = "set -o pipefail; python train/student.py --help | head -n 1"
-    done = subprocess.run(["bash", "-c", ended.replace("python", sys.executable)], cwd=ROOT, capture_output=True)
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "train/student.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, env=environment)
+    os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
 
 

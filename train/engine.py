@@ -66,7 +66,8 @@ def start(options: TrainingOptions) -> Setup:
     Called before the networks are built, so that one seed gives every method the same student.
 
     Raises:
-        UserError: a device, folder or data set that can't be used; nothing long has been started by then.
+        UserError: weights that are missing, or a device, folder or data set that can't be used; nothing long has been
+            started by then.
     """
     options.find_weights()
     ranks = Ranks(options.device)

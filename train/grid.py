@@ -242,7 +242,7 @@ class Job:
 
     def measured(self) -> dict[str, Any]:
         """What decides the evaluation's figure beyond the weights."""
-        split = find_split(self.dataset, self.datadir, self.measure["subset"])
+        split = split_facts(self.dataset, self.datadir, self.measure["subset"])
         return self.measure | {"data": split and split.identity}
 
     def record(self, *, evaluated: bool) -> None:
@@ -286,7 +286,7 @@ class Job:
         if different:
             return f"with {', '.join(f'{key} {before[key]} instead of {now[key]}' for key in different)}"
         every, list_file = self.options.subset_every, self.options.train_list
-        split = find_split(self.options.dataset, self.options.datadir, "train", every, list_file)
+        split = split_facts(self.options.dataset, self.options.datadir, "train", every, list_file)
         if split and split.identity != before.get("data", split.identity):
             return f"on other data than {self.options.datadir} holds now"
         for name in FILES:
@@ -408,7 +408,9 @@ class Split(NamedTuple):
 
 
 @functools.cache
-def find_split(dataset: str, datadir: Path, subset: str, every: int = 1, list_file: Path | None = None) -> Split | None:
+def split_facts(
+    dataset: str, datadir: Path, subset: str, every: int = 1, list_file: Path | None = None
+) -> Split | None:
     """A split, None before the data is drawn.
 
     It is looked at once: a table of many runs would spend long on it after every run.

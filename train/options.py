@@ -239,7 +239,7 @@ class TrainingOptions:
     def as_json(self) -> dict[str, Any]:
         """The options as plain JSON values, method and network included."""
         values = {"method": self.method, "network": self.network} | dataclasses.asdict(self)
-        values["datadir"] = self.datadir.absolute()  # for those who read it in another folder
+        values["datadir"] = Path(self.datadir).absolute()  # for those who read it in another folder
         return json.loads(json.dumps(values, default=str))
 
 

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -74,10 +75,11 @@ class RunFolder:
         if options.resume and not begun:
             raise UserError(f"no checkpoint in {self.path} to go on from; leave --resume out to start a run")
         if not options.resume:
-            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "eval.json"):  # of a run whose checkpoints were removed
+                (self.path / name).unlink(missing_ok=True)
 
     def compare(self, options: TrainingOptions, **facts: Any) -> None:
-        """Take the options, and facts about data and networks, for what `describe` writes.
+        """Compare options, and facts about data and networks, with those of the run; keep them for `describe`.
 
         Raises:
             UserError: a resumed run differs in something that changes its result.
@@ -169,13 +171,13 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any]:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What a run was made with: command, process, versions, device, git revision."""
+    """When and with what a run was made: Unix time, command, versions, device, git revision."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
     )
     return {
         "command": sys.argv,
-        "pid": os.getpid(),
+        "time": time.time(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -32,6 +32,8 @@ class Running:
     slot: Mapping[str, str]
     process: subprocess.Popen[bytes]
     training: bool
+    since: float
+    """Unix time before the process was started."""
     started: float
     """When the process was started, then when its training began: imports and caches don't count as steps."""
     begin: dict[str, Any] = field(default_factory=dict)
@@ -40,7 +42,7 @@ class Running:
     def look(self) -> None:
         """See whether the training has begun."""
         record = last_record(self.job.folder, "start") if self.training and not self.begin else {}
-        if record.get("pid") == self.process.pid:
+        if record.get("time", 0) >= self.since:
             self.begin, self.started = record, time.monotonic()
 
     def step(self) -> int | None:
@@ -149,6 +151,7 @@ class Runner:
 
     def start(self, job: Job, slot: Mapping[str, str], command: list[str]) -> None:
         """Start one of a job's commands; what it says goes into the job's log."""
+        since = time.time()
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
             with job.log.open("ab") as log:
@@ -167,7 +170,10 @@ class Runner:
             self.fail(job, f"it can't be started ({error})")
             return
         training = command is not job.evaluation
-        self.running.append(Running(job=job, slot=slot, process=process, training=training, started=time.monotonic()))
+        started = time.monotonic()
+        self.running.append(
+            Running(job=job, slot=slot, process=process, training=training, since=since, started=started)
+        )
 
     def over(self, one: Running) -> None:
         """Go on from training to evaluation, or call the job finished or failed."""
