@@ -170,7 +170,13 @@ def write_report(
 
 
 def css_colors(colors: Mapping[str, int]) -> dict[str, str]:
-    return {name: f"var(--c{index % COLORS})" for name, index in colors.items()}
+    return {name: css_color(index) for name, index in colors.items()}
+
+
+def css_color(index: int) -> str:
+    """Striped from the ninth on, whose lines are dashed."""
+    color = f"var(--c{index % COLORS})"
+    return color if index < COLORS else f"repeating-linear-gradient(90deg, {color} 0 .2rem, transparent .2rem .3rem)"
 
 
 def charts_html(charts: Sequence[Chart], kind: str) -> str:
@@ -206,7 +212,7 @@ def summary_table(runs: Sequence[Run], evaluations: Mapping[str, dict[str, Any]]
             evaluated = f"{percent(result['mean_iou'])} <small>{escape(result['protocol'])}</small>"
         else:
             evaluated = ""
-        swatch = f'<i class="swatch" style="background:var(--c{color % COLORS})"></i>'
+        swatch = f'<i class="swatch" style="background:{css_color(color)}"></i>'
         rows.append([swatch + escape(name), cells[0], evaluated, *cells[1:]])
     heads = ["run", "method", "evaluated", "best", "last", "steps", "parameters"]
     used = [i for i, _ in enumerate(heads) if i == 0 or any(row[i] for row in rows)]
