@@ -101,4 +101,5 @@ class Ranks:
 
     def leave(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
+            dist.barrier()  # a rank that is left while it still talks to this one may abort
             dist.destroy_process_group()
