@@ -1,17 +1,16 @@
 """What the evaluation scripts share: score a split and print the table, or render it."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from cli import UserError, writing
+from cli import UserError
 from datasets.classes import Encoding
 from eval.inference import Evaluation, evaluate, render
 from eval.metrics import percent
 from eval.options import OUTPUTS, ColorOptions, IoUOptions, claim_folder, open_model_and_data
+from eval.records import write_json
 from models.checkpoints import read_facts
 
 PROTOCOLS = {
@@ -97,9 +96,3 @@ def iou_table(evaluation: Evaluation) -> Table:
     if published != means:
         table.add_row("published mean (absent = 0)", *published)
     return table
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write in one step: the file holds the whole result or what it held before."""
-    with writing(path) as aside:
-        aside.write_text(json.dumps(content, indent=2) + "\n")

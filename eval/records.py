@@ -1,11 +1,11 @@
-"""The JSON files of a run folder, read with care: a killed run or a full disk may have left half of one."""
+"""The JSON files of a run folder. They are read with care: a killed run or a full disk may have left half of one."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from cli import UserError
+from cli import UserError, writing
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -19,6 +19,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; write it again or remove it")
     return content
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write in one step: the file holds the whole result or what it held before."""
+    with writing(path) as aside:
+        aside.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_records(path: Path, tail: int | None = None) -> list[dict[str, Any]]:

@@ -397,11 +397,11 @@ def evaluate_run(one: Run, options: Options) -> None:
     if missing:
         raise UserError(f"{one.folder / 'options.json'} has no {missing[0]}; evaluate this run by its IoU script")
     again = found or {}  # as it was evaluated before
+    kept = {key: again[key] for key in ("subset", "protocol") if key in again}
     chosen = IoUOptions(
         datadir=options.datadir or Path(one.options["datadir"]),
         weights=Path(again.get("weights", one.folder / f"{one.options.get('network', 'student')}.safetensors")),
-        subset=again.get("subset", "val"),
-        protocol=again.get("protocol", "paper"),
+        **kept,
         height=again.get("height", one.options["height"]),
         num_workers=0,
         device=options.device,

@@ -194,7 +194,7 @@ def read_network(path: Path | str) -> tuple[State, Told]:
     state, metadata = read_weights(path)
     state, normalisation, names = strip_wrappers(state), None, _told_names(path, metadata)
     if metadata.get("model") in BUILDERS:  # ours, whatever its keys are like
-        normalisation = _told_normalisation(path, metadata)
+        normalisation = told_normalisation(path, metadata)
     elif huggingface.matches(state):
         state, normalisation = huggingface.from_huggingface(state), _huggingface_normalisation(Path(path))
         names = _huggingface_names(Path(path))
@@ -207,7 +207,7 @@ def read_network(path: Path | str) -> tuple[State, Told]:
         state = {key: value for key, value in bare.items() if not key.startswith("conv_seg.")}
         normalisation = IMAGENET
     else:
-        normalisation = _told_normalisation(path, metadata)
+        normalisation = told_normalisation(path, metadata)
     state, class_names = in_our_order(state, names)
     return state, Told(normalisation, class_names, metadata.get("model"))
 
@@ -228,7 +228,8 @@ def in_our_order(state: State, names: Sequence[str]) -> tuple[State, tuple[str, 
     return state, tuple(names)
 
 
-def _told_normalisation(path: Path | str, metadata: Mapping[str, str]) -> Normalisation | None:
+def told_normalisation(path: Path | str, metadata: Mapping[str, str]) -> Normalisation | None:
+    """What the metadata of `path` say about the input, if anything. Raises UserError for what is no normalisation."""
     told = metadata.get("normalisation")
     try:
         return _normalisation(*json.loads(told)) if told else None

@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +13,18 @@ from datasets.loading import Batch
 from eval.inference import evaluate
 from models import load_model
 from models.distillation.losses import cross_entropy
-from tests.conftest import Command
+from tests.conftest import ROOT, Command
 from tests.test_training import SMALL, assert_equal, records
 from train.distributed import Ranks
 from train.engine import shares
 
 
-def torchrun(command: Command, *arguments: object):
+def torchrun(command: Command, *arguments: object, **more: Any):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-addr", "127.0.0.1")
-    return command(*launcher, "--master-port", port, *arguments)
+    return command(*launcher, "--master-port", port, *arguments, **more)
 
 
 @pytest.mark.slow
@@ -80,6 +81,30 @@ def test_parts_count_as_the_whole_batch() -> None:
     whole = torch.stack([cross_entropy(logits, labels, weights), logits.square().mean()])
     torch.testing.assert_close(found, whole)
     assert (torch.stack(ce).mean() - whole[0]).abs() > 1e-2  # what a plain average would be off by
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted the Linux way")
+@pytest.mark.slow
+def test_no_thread_outlives_the_group(command: Command, scenes: Path, tmp_path: Path) -> None:
+    """One that is still at work while the interpreter ends may abort it, and a launcher then waits for minutes."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import cli\n"
+        "from pathlib import Path\n"
+        "from train.distributed import Ranks\n"
+        "from train.student import Options, main\n"
+        "leave = Ranks.leave\n"
+        "gloo = lambda: any('gloo' in p.read_text() for p in Path('/proc/self/task').glob('*/comm'))\n"
+        "def say(ranks):\n"
+        "    told = [gloo(), leave(ranks), gloo()]\n"
+        "    Path(f'said{ranks.rank}').write_text(str(told))\n"
+        "Ranks.leave = say\n"
+        "cli.run(main, Options)\n"
+    )
+    flags = ("--datadir", scenes, *SMALL, "--max-steps", 1, "--output-dir", tmp_path / "run")
+    done = torchrun(command, script, *flags, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)] == ["[True, None, False]"] * 2
 
 
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "x"}])

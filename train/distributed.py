@@ -4,6 +4,8 @@ Every rank computes its share of a global batch; gradients are averaged by Distr
 and confusion matrices over all ranks; rank 0 alone writes.
 """
 
+import gc
+import importlib
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -38,6 +40,8 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world_size > 1 and not dist.is_initialized():
+            # If DistributedDataParallel loads it, later, its default arguments hold the group for good (see `leave`)
+            importlib.import_module("torch.distributed.nn.functional")
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
     @property
@@ -100,6 +104,11 @@ class Ranks:
                 dist.broadcast(buffer, 0)
 
     def leave(self) -> None:
+        """Wait for the others and end the process group and its threads; what `wrap` gave must be gone by then.
+
+        A thread of gloo's that is still at work while the interpreter ends can abort the process.
+        """
         if self.world_size > 1 and dist.is_initialized():
-            dist.barrier()  # a rank that is left while it still talks to this one may abort
+            gc.collect()  # DistributedDataParallel is a ring that holds the group
+            dist.barrier()
             dist.destroy_process_group()

@@ -7,7 +7,6 @@ state alone.
 """
 
 import hashlib
-import json
 import math
 import signal
 import sys
@@ -28,8 +27,7 @@ from datasets.loading import Batch, Batches, training_batches
 from datasets.transforms import to_float
 from eval.inference import evaluate
 from models import save_model
-from models.base import Normalisation
-from models.checkpoints import metadata_of
+from models.checkpoints import metadata_of, told_normalisation
 from models.distillation import Distiller
 from train.distributed import Ranks
 from train.optimisation import AveragedWeights, Plan, Schedule, new_optimizer
@@ -266,9 +264,12 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
         if state.step < total_steps:
             save()
             tracker.say(f"interrupted at step {state.step}; the same command with --resume goes on from there")
-            sys.exit(128 + (interrupt.signal or signal.SIGTERM))
-        tracker.say(f"done: {options.run_dir / options.network}.safetensors and {options.network}_best.safetensors")
+        else:
+            tracker.say(f"done: {options.run_dir / options.network}.safetensors and {options.network}_best.safetensors")
+    del learner
     ranks.leave()
+    if state.step < total_steps:
+        sys.exit(128 + (interrupt.signal or signal.SIGTERM))
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -353,9 +354,9 @@ def restore(
         raise UserError(f"{options.run_dir} was trained by {len(content['random'])} processes; go on with as many")
     for group, chosen in zip(optimizer.param_groups, numbers, strict=True):
         group.update(chosen)
-    if normalisation := content.get("metadata", {}).get("normalisation"):
+    if normalisation := told_normalisation(options.run_dir, content.get("metadata", {})):
         for network in [distiller.student] + ([averaged.network] if averaged else []):
-            network.normalisation = Normalisation(*map(tuple, json.loads(normalisation)))
+            network.normalisation = normalisation
     random, random_cuda = content["random"][ranks.rank]
     torch.set_rng_state(random)
     if random_cuda is not None and ranks.device.type == "cuda":

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib
 import io
-import json
 import math
 import re
 import tomllib
@@ -20,10 +19,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import cli
-from cli import UserError, writing
+from cli import UserError
 from datasets import find_layout, open_split, synthetic
 from eval.options import IoUOptions
-from eval.records import read_json, read_records
+from eval.records import read_json, read_records, write_json
 from models import SegmentationModel, load_model
 from train.optimisation import Plan
 from train.options import ROOT, TrainingOptions
@@ -247,9 +246,8 @@ class Job:
 
     def record(self, *, evaluated: bool) -> None:
         """Note that the training, or the evaluation too, came to its end."""
-        with writing(self.folder / "done.json") as aside:
-            done = {"source": self.source(), "evaluation": self.measured() if evaluated else None}
-            aside.write_text(json.dumps(done, indent=2) + "\n")
+        done = {"source": self.source(), "evaluation": self.measured() if evaluated else None}
+        write_json(done, self.folder / "done.json")
 
     def standing(self) -> Literal["new", "begun", "trained", "finished"]:
         """How far it has come.

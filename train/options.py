@@ -264,11 +264,9 @@ class StudentOptions(TrainingOptions):
 
     def student_start(self) -> Path | None:
         """The weights that the student starts from, if any. Raises UserError if they are missing."""
-        if self.student_pretrained:
-            return pretrained_path(self.student_model)
-        if self.student_weights is not None and not self.student_weights.exists():
-            raise UserError(f"no weights at {self.student_weights}; give --student-weights a checkpoint")
-        return self.student_weights
+        if self.student_weights is not None:
+            return existing_weights(self.student_weights, "--student-weights")
+        return pretrained_path(self.student_model) if self.student_pretrained else None
 
     def student(self, classes: Classes) -> SegmentationModel:
         """The student as it starts. Built first, so that one seed gives every method the same student."""
@@ -370,6 +368,13 @@ class DistillationOptions(StudentOptions):
         if self.compares_logits:
             classes.require(path, teacher.num_classes, teacher.class_names)
         return teacher
+
+
+def existing_weights(path: Path, flag: str) -> Path:
+    """What a flag names. Raises UserError if nothing is there; a folder is Hugging Face's."""
+    if not path.exists():
+        raise UserError(f"no weights at {path}; give {flag} a checkpoint")
+    return path
 
 
 def pretrained_path(model: str, otherwise: str = "") -> Path:

@@ -6,7 +6,6 @@ kept as previous.pt, for the day on which the last turns out to be damaged.
 
 import fcntl
 import io
-import json
 import os
 import platform
 import shutil
@@ -21,7 +20,7 @@ import PIL
 import torch
 
 from cli import UserError, writing
-from eval.records import read_json
+from eval.records import read_json, write_json
 from train.options import ROOT, TrainingOptions
 
 CHECKPOINTS = ("last.pt", "previous.pt")
@@ -99,8 +98,7 @@ class RunFolder:
 
     def describe(self) -> None:
         """Write options.json."""
-        with writing(self.path / "options.json") as aside:
-            aside.write_text(json.dumps(self.description, indent=2) + "\n")
+        write_json(self.description, self.path / "options.json")
 
     def save(self, content: dict[str, Any], *, best: bool = False) -> None:
         """Write a checkpoint, last.pt or best.pt.

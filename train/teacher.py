@@ -18,7 +18,7 @@ import cli
 from models.distillation import Distiller
 from models.factory import MODELS
 from train.engine import start, train
-from train.options import TrainingOptions, pretrained_path
+from train.options import TrainingOptions, existing_weights, pretrained_path
 
 
 @dataclass(kw_only=True)
@@ -47,10 +47,10 @@ class Options(TrainingOptions):
 
     def teacher_start(self) -> Path | None:
         """The weights to start from, if any. Raises UserError if they are missing."""
-        if self.teacher_weights is not None and not self.teacher_weights.exists():
-            raise cli.UserError(f"no weights at {self.teacher_weights}; give --teacher-weights a checkpoint")
-        if self.from_scratch or self.teacher_weights is not None:
-            return self.teacher_weights
+        if self.teacher_weights is not None:
+            return existing_weights(self.teacher_weights, "--teacher-weights")
+        if self.from_scratch:
+            return None
         return pretrained_path(self.teacher_model, ", or start without them by --from-scratch")
 
 
