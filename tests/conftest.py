@@ -1,6 +1,7 @@
 """A small drawn data set in both layouts, and a way to run the project's commands as a user does."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,13 @@ from datasets.synthetic import write_dataset
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # two tests run at a time; threads that wait for each other are slower than none
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,18 +14,12 @@ from pathlib import Path
 import pytest
 
 from cli import UserError
-from tests.conftest import Command
+from tests.conftest import Command, free_port
 from tests.test_training import SMALL
 from train import dashboard
 from train.tracking import Tracker
 
 visdom = pytest.importorskip("visdom")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture

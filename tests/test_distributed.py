@@ -1,6 +1,5 @@
 """Two processes compute what one computes with the same global batch."""
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,15 @@ from datasets.loading import Batch
 from eval.inference import evaluate
 from models import load_model
 from models.distillation.losses import cross_entropy
-from tests.conftest import ROOT, Command
+from tests.conftest import ROOT, Command, free_port
 from tests.test_training import SMALL, assert_equal, records
 from train.distributed import Ranks
 from train.engine import shares
 
 
 def torchrun(command: Command, *arguments: object, **more: Any):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-addr", "127.0.0.1")
-    return command(*launcher, "--master-port", port, *arguments, **more)
+    return command(*launcher, "--master-port", free_port(), *arguments, **more)
 
 
 @pytest.mark.slow

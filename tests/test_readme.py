@@ -17,7 +17,7 @@ from PIL import Image
 
 from eval.video import writing_video
 from models import create_model
-from tests.conftest import ROOT, Command
+from tests.conftest import ROOT, Command, free_port
 
 README = (ROOT / "README.md").read_text()
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
@@ -92,6 +92,7 @@ def test_commands(checkout: Path, command: Command, scenes: Path, weathers: Path
             more = ("--dry-run",)
         nodes = [words]
         if "--node-rank" in words:
+            words.insert(2, f"--master-port={free_port()}")  # somebody else's run may have the usual one
             second = list(words)
             second[words.index("--node-rank") + 1] = "1"
             nodes.append(second)
