@@ -133,6 +133,7 @@ def test_grids_of_the_project(path: Path) -> None:
         ('name = "teacher"', 'name = "student-seed0"', "row 1: its name 'student-seed0' must"),
         ('weights = "', f'weights = "{ROOT / "README.md"}" # "', "row teacher: "),
         ("cityscapes_iou.py", "cityscapes_color.py", "evaluation: script is 'eval/eval_cityscapes_color.py'"),
+        ("eval_cityscapes_iou.py", "eval_iou.py", "evaluation: eval/eval_iou.py needs a dataset"),
         ("cityscapes_iou.py", "ACDC_iou.py", "row student: it is trained on cityscapes; eval/eval_ACDC_iou.py"),
     ],
 )
@@ -153,6 +154,17 @@ def test_a_mistake_in_a_grid_is_one_line(
     (line,) = err.splitlines()
     assert code == 2 and line.startswith("error: ") and says in line and not out
     assert not (tmp_path / "runs").exists()
+
+
+def test_any_data_set_can_be_evaluated(folder: Path) -> None:
+    """Your own too: by the script that takes its name."""
+    named = planned(
+        folder,
+        script=("eval_cityscapes_iou.py", "eval_iou.py"),
+        dataset=("options = { height = 64, num", 'options = { dataset = "cityscapes", height = 64, num'),
+    )
+    assert [job.dataset for job in named] == [job.dataset for job in planned(folder)]
+    assert all(job.evaluation[1:3] == ["--dataset", "cityscapes"] for job in named)
 
 
 def test_words() -> None:

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import cli
 from cli import UserError
 from datasets import find_layout, open_split, synthetic
+from eval import eval_iou
 from eval.options import IoUOptions
 from eval.records import read_json, read_records, write_json
 from models import SegmentationModel, load_model
@@ -31,6 +32,7 @@ from train.run_folder import FREE, holds_run
 T = TypeVar("T")
 GRIDS = ROOT / "train" / "grids"
 RESERVED = ("lock", "data", "table.md", "table.json")  # what the table's folder holds beside the runs
+ANY_DATASET = "eval/eval_iou.py"  # takes the data set as a flag
 TAKEN = ("seed", "output_dir", "resume", "override", "datadir")  # flags that the table gives
 SCHEDULE = ("num_epochs", "max_steps")  # a run may go on to more of them, but not back
 FILES = ("teacher_weights", "student_weights", "train_list")  # options that may move, but not change their content
@@ -361,7 +363,8 @@ def new_job(grid: Grid, row: Row, seed: int, datadir: Path, output: Path, teache
         given_model(where, weights)
     paths = {"datadir": datadir, "weights": weights, "json": folder / "eval.json"}
     measured = dict(grid.eval_flags) | {name: short(path) for name, path in paths.items()}
-    evaluation = asdict(parse("evaluation", IoUOptions, words(measured)))
+    known = eval_iou.Options if grid.eval_script == ANY_DATASET else IoUOptions
+    evaluation = asdict(parse("evaluation", known, words(measured)))
     decides = {name: evaluation[name] for name in ("subset", "height", "protocol")}
     return Job(
         row=row,
@@ -379,11 +382,14 @@ def new_job(grid: Grid, row: Row, seed: int, datadir: Path, output: Path, teache
 
 
 def evaluated(grid: Grid) -> str:
-    """The data set that the evaluation's script is for."""
-    match = re.fullmatch(r"eval/eval_(\w+)_iou\.py", grid.eval_script)
+    """The data set that the evaluation's script is for, or that it is given by its options."""
+    match = re.fullmatch(r"eval/eval_(?:(\w+)_)?iou\.py", grid.eval_script)
     if match is None or not (ROOT / grid.eval_script).is_file():
         raise UserError(f"evaluation: script is {grid.eval_script!r}; name one like eval/eval_cityscapes_iou.py")
-    return find_layout(match[1]).name
+    name = match[1] or grid.eval_flags.get("dataset")
+    if name is None:
+        raise UserError(f"evaluation: {grid.eval_script} needs a dataset among its options")
+    return find_layout(str(name)).name
 
 
 @functools.cache

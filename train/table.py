@@ -12,7 +12,7 @@ A grid is a TOML file; train/grids/ has the paper's tables:
     [presets.eighth]                # flags of the rows that say presets = ["eighth"]
     subset-every = 8
     [evaluation]
-    script = "eval/eval_cityscapes_iou.py"
+    script = "eval/eval_cityscapes_iou.py"     # or eval/eval_iou.py with a dataset among the options
     options = { subset = "val" }
     [[rows]]
     name = "teacher"
