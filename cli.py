@@ -60,14 +60,23 @@ def parse(options: type[T], arguments: Sequence[str], manual: str | None = None)
     try:
         with redirect_stderr(box):
             default: T | None = choose(arguments) if choose else None
-            return tyro.cli(options, args=arguments, description=manual, default=default)  # type: ignore[return-value]
+            return tyro.cli(  # type: ignore[return-value]
+                options, prog=_called(), args=arguments, description=manual, default=default
+            )
     except SystemExit as end:
         if not end.code:
             sys.stdout.flush()
             raise  # --help
         title, *text = (line.strip("╭─╮│╰╯ ") for line in box.getvalue().splitlines())
         told = " ".join(line for line in itertools.takewhile(lambda line: "full helptext" not in line, text) if line)
+        told = told.removeprefix(f"{title}: ")
         raise UserError(f"{title.lower()}: {told} (--help shows all flags)") from None
+
+
+def _called() -> str | None:
+    """How this program is called where that is not by its file's name."""
+    module = sys.modules["__main__"].__spec__
+    return f"python -m {module.name.removesuffix('.__main__')}" if module else None
 
 
 def find_device(name: str) -> torch.device:

@@ -272,6 +272,12 @@ def test_a_reader_that_leaves() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.parametrize("called", [("train/student.py",), ("-m", "models.zoo"), ("-m", "benchmarks")])
+def test_help_says_how_it_is_called(command: Command, called: tuple[str, ...]) -> None:
+    name = " ".join(("python", *called) if "-m" in called else called)
+    assert command(*called, "--help").stdout.startswith(f"usage: {name} [")
+
+
 def test_a_run_is_not_overwritten(command: Command, scenes: Path, tmp_path: Path) -> None:
     flags = ("--datadir", scenes, "--output-dir", tmp_path, "--max-steps", 1, *SMALL)
     assert command("train/student.py", *flags).returncode == 0
