@@ -12,7 +12,6 @@ from cli import UserError, find_device
 from datasets import SceneDataset, open_split
 from models import load_model
 from models.checkpoints import read_facts
-from models.model_card import read_run
 
 OUTPUTS = Path(__file__).resolve().parents[1] / "outputs"
 
@@ -105,10 +104,10 @@ def open_model_and_data(
 
 
 def warn_of_height(weights: Path, height: int) -> None:
-    """Say so on stderr where the run, in whose folder the weights lie, saw images of another height."""
-    recipe, _ = read_run(weights, read_facts(weights))
-    if recipe.get("height") not in (None, height):
-        print(f"warning: {weights} was trained at --height {recipe['height']}, this is {height}", file=sys.stderr)
+    """Say so on stderr where the weights tell that they were trained on images of another height."""
+    trained = read_facts(weights).get("height")
+    if trained not in (None, height):
+        print(f"warning: {weights} was trained at --height {trained}, this is {height}", file=sys.stderr)
 
 
 def claim_file(path: Path) -> None:

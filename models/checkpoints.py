@@ -56,7 +56,7 @@ ENCODERS: tuple[tuple[Mapping[str, Any], str, str], ...] = (
     (lvt.CONFIGS, "backbone.{from_0}.1", "backbone.{from_0}.0"),
 )
 # What training tells `save_model`, and exports rely on.
-FACTS: dict[str, Any] = {"method": str, "dataset": str, "step": int, "mean_iou": int | float}
+FACTS: dict[str, Any] = {"method": str, "dataset": str, "height": int, "step": int, "mean_iou": int | float}
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")  # the weights of a folder
 
 

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import PolynomialLR
 
 from cli import UserError
 from models import create_model, load_model
+from models.checkpoints import read_facts
 from models.distillation import Distiller
 from tests.conftest import ROOT, Command
 from tests.golden_data import load
@@ -299,6 +300,8 @@ def test_imagenet_student(command: Command, scenes: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     trained = weights(tmp_path / "run" / "student.safetensors")
     assert all(torch.allclose(trained[key], value, rtol=0, atol=1e-20) for key, value in encoder.items())
+    facts = read_facts(tmp_path / "run" / "student.safetensors")
+    assert {key: facts[key] for key in ("method", "height", "step")} == {"method": "student", "height": 64, "step": 1}
 
 
 @pytest.mark.parametrize(

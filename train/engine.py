@@ -167,7 +167,8 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
 
     def keep_network(suffix: str, score: float) -> None:
         if folder is not None:
-            facts = {"method": options.method, "dataset": options.dataset, "step": state.step, "mean_iou": score}
+            facts = {name: getattr(options, name) for name in ("method", "dataset", "height")}
+            facts |= {"step": state.step, "mean_iou": score}
             save_model(network, folder.path / f"{options.network}{suffix}.safetensors", **facts)
 
     def validate(model: nn.Module, event: str = "val") -> float:
