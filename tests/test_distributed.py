@@ -1,5 +1,6 @@
 """Two processes compute what one computes with the same global batch."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,35 @@ from train.engine import shares
 def torchrun(command: Command, *arguments: object, **more: Any):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-addr", "127.0.0.1")
     return command(*launcher, "--master-port", free_port(), *arguments, **more)
+
+
+def student_after(lines: str, folder: Path) -> Path:
+    """A script like train/student.py, before which each process, whose number is `rank`, executes `lines`."""
+    script = folder / "student.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import cli\n"
+        "from models.distillation import Distiller\n"
+        "from train import student\n"
+        "rank = int(os.environ['RANK'])\n"
+        f"{lines}\n"
+        "cli.run(student.main, student.Options)\n"
+    )
+    return script
+
+
+def at_step(step: int, what: str) -> str:
+    """Lines that execute `what` in process 1 ahead of its training step `step`."""
+    return (
+        "forward, steps = Distiller.forward, []\n"
+        "def instead(self, *batch):\n"
+        "    steps.append(batch)\n"
+        f"    if rank == 1 and len(steps) == {step}:\n"
+        f"        {what}\n"
+        "    return forward(self, *batch)\n"
+        "Distiller.forward = instead\n"
+    )
 
 
 @pytest.mark.slow
@@ -54,11 +84,49 @@ def test_two_processes(command: Command, scenes: Path, teacher_weights: Path, tm
 
 @pytest.mark.slow
 def test_two_processes_resume_exactly(command: Command, scenes: Path, tmp_path: Path) -> None:
-    flags = ("train/student.py", "--datadir", scenes, *SMALL, "--batch-size", 4, "--validate-every", 2)
-    for steps, name, more in ((6, "whole", ()), (4, "parts", ()), (6, "parts", ("--resume",))):
-        done = torchrun(command, *flags, "--max-steps", steps, "--output-dir", tmp_path / name, *more)
-        assert done.returncode == 0, done.stderr
+    """After a signal that process 1 alone got, in mid-epoch; it has a disk of its own, on which nothing is."""
+    flags = ("--datadir", scenes, *SMALL, "--batch-size", 4, "--validate-every", 2, "--max-steps", 6)
+    own_folder = "sys.argv[-1] += '' if rank == 0 else '_of_1'\n"
+    interrupted = student_after(own_folder + at_step(4, "os.kill(os.getpid(), 15)"), tmp_path)
+    whole = torchrun(command, "train/student.py", *flags, "--output-dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    first = torchrun(command, interrupted, *flags, "--output-dir", tmp_path / "parts")
+    assert first.returncode == 1 and "interrupted at step 4" in first.stderr
+    again = torchrun(
+        command, student_after(own_folder, tmp_path), *flags, "--resume", "--output-dir", tmp_path / "parts"
+    )
+    assert again.returncode == 0, again.stderr
     assert_equal(tmp_path / "whole" / "student.safetensors", tmp_path / "parts" / "student.safetensors")
+    assert not (tmp_path / "parts_of_1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ("sys.argv += ['--subset-every', '2'] * rank", "process 1 has another subset_every, data than process 0"),
+        ("sys.argv += ['--student-weights', 'none'] * rank", "process 1: no weights at none"),
+        (at_step(2, "raise cli.UserError('broken')"), "another process has ended"),
+    ],
+)
+def test_what_fails_in_one_process_ends_all(
+    lines: str, told: str, command: Command, scenes: Path, tmp_path: Path
+) -> None:
+    """Without torchrun, which would end the other: as on two nodes, where it would wait, or tell how gloo lost it."""
+    script = student_after(lines, tmp_path)
+    more = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with ThreadPoolExecutor() as threads:
+        flags = (script, "--datadir", scenes, *SMALL, "--output-dir", tmp_path / "run")
+        both = [threads.submit(command, *flags, RANK=str(rank), **more) for rank in (0, 1)]
+    for done in (future.result() for future in both):
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert told in both[0].result().stderr.splitlines()[-1]
+
+
+def test_plain_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device "cuda" has no number, which torch.cuda.set_device would want."""
+    monkeypatch.setattr("train.distributed.find_device", torch.device)
+    assert Ranks("cuda").device == torch.device("cuda")
 
 
 def test_parts_count_as_the_whole_batch() -> None:

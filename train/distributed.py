@@ -1,14 +1,17 @@
 """One process or many: `torchrun --nproc-per-node N train/TransKDBase.py …` (several nodes by the same command).
 
 Every rank computes its share of a global batch; gradients are averaged by DistributedDataParallel, logged losses
-and confusion matrices over all ranks; rank 0 alone writes.
+and confusion matrices over all ranks; rank 0 alone reads and writes the run's folder. Tensors travel by the way of
+their device (NCCL or gloo), what ranks agree on by gloo, which waits for no GPU.
 """
 
 import gc
 import importlib
 import os
+import traceback
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cli import UserError, find_device
+
+LOST = ("by peer", "Broken pipe", "ncclRemoteError")  # what gloo and NCCL say of a process that is gone
 
 
 class Ranks:
@@ -34,15 +39,17 @@ class Ranks:
             raise UserError("RANK and WORLD_SIZE in the environment are no numbers; torchrun sets them") from error
         if self.world_size > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
             raise UserError("WORLD_SIZE is set but not the rest of what torchrun sets; start by torchrun, or unset it")
-        if self.world_size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        gpus = device != "cpu" and torch.cuda.is_available()
+        if self.world_size > 1 and device in ("auto", "cuda") and gpus:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.device = find_device(device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         if self.world_size > 1 and not dist.is_initialized():
             # If DistributedDataParallel loads it, later, its default arguments hold the group for good (see `leave`)
             importlib.import_module("torch.distributed.nn.functional")
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "cpu:gloo")
+        with self.together():
+            self.device = find_device(device)
+        if self.device.type == "cuda" and self.device.index is not None:  # set_device refuses plain "cuda", the first
+            torch.cuda.set_device(self.device)
 
     @property
     def first(self) -> bool:
@@ -85,9 +92,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
-        if self.world_size == 1:
-            return flag
-        return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
+        return bool(self.mean(torch.tensor(float(flag))) > 0)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in their order."""
@@ -96,6 +101,46 @@ class Ranks:
             values = [None] * self.world_size
             dist.all_gather_object(values, value)
         return values
+
+    def of_first(self, value: Any) -> Any:
+        """The first rank's value."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails in one rank alone ends all of them, instead of leaving the others to wait for it.
+
+        Raises:
+            UserError: this rank's, or else another's.
+        """
+        problem: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            problem = error
+        told = self.gather(problem and str(problem))
+        if any(told):
+            self.leave()
+            rank = next(rank for rank, text in enumerate(told) if text)
+            raise problem or UserError(f"process {rank}: {told[rank]}")
+
+    def require_same(self, facts: dict[str, Any]) -> None:
+        """Compare what must be the same in all ranks, which would otherwise wait for each other, or learn other things.
+
+        Raises:
+            UserError: it differs.
+        """
+        told = self.gather(facts)
+        for rank, theirs in enumerate(told):
+            if different := [key for key in facts if theirs[key] != told[0][key]]:
+                self.leave()
+                raise UserError(
+                    f"process {rank} has another {', '.join(different)} than process 0; give all nodes the same "
+                    "command, data and weights"
+                )
 
     def agree(self, module: nn.Module) -> None:
         """Give every rank the first one's buffers: BatchNorm's statistics differ between ranks after a step."""
@@ -112,3 +157,24 @@ class Ranks:
             gc.collect()  # DistributedDataParallel is a ring that holds the group
             dist.barrier()
             dist.destroy_process_group()
+
+
+@contextmanager
+def until_another_ends() -> Iterator[None]:
+    """End in one line where it is another process that has failed: that one says why.
+
+    Raises:
+        UserError: the connection to another process broke.
+    """
+    try:
+        yield
+    except Exception as error:
+        if dist.is_initialized() and dist.get_backend() == "cpu:gloo":  # as `leave`; NCCL would wait
+            traceback.clear_frames(error.__traceback__)  # they hold DistributedDataParallel
+            gc.collect()
+            dist.destroy_process_group()
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST):
+            raise UserError(
+                "another process has ended (its own message or torchrun's says why); what was saved before is kept"
+            ) from error
+        raise

@@ -29,13 +29,16 @@ from eval.inference import evaluate
 from models import save_model
 from models.checkpoints import metadata_of, told_normalisation
 from models.distillation import Distiller
-from train.distributed import Ranks
+from train.distributed import Ranks, until_another_ends
 from train.optimisation import AveragedWeights, Plan, Schedule, new_optimizer
 from train.options import DistillationOptions, TrainingOptions
 from train.run_folder import RunFolder, load_checkpoint, provenance
 from train.tracking import NotFiniteError, Tracker
 
-AGREE_EVERY = 10  # steps between which several processes don't ask each other whether to stop or to save
+NODES_OWN = frozenset(
+    ["datadir", "train_list", "teacher_weights", "student_weights", "output_dir", "cache", "num_workers", "device"]
+)
+"""Options that may differ between processes: what is read there is compared, and the first process alone writes."""
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Setup(NamedTuple):
     classes: Classes
 
 
+@until_another_ends()
 def start(options: TrainingOptions) -> Setup:
     """Claim the run's folder, open the data, and seed everything.
 
@@ -67,27 +71,29 @@ def start(options: TrainingOptions) -> Setup:
         UserError: weights that are missing, or a device, folder or data set that can't be used; nothing long has been
             started by then.
     """
-    options.find_weights()
     ranks = Ranks(options.device)
-    ranks.share(options.batch_size, options.accumulate)
-    prepare(ranks.device, options)
-    folder = RunFolder(options) if ranks.first else None
-    torch.manual_seed(options.seed)
-    common: dict[str, Any] = {"height": options.height, "cache": options.cache}
-    train_set = open_split(
-        options.dataset,
-        options.datadir,
-        "train",
-        every=options.subset_every,
-        list_file=options.train_list,
-        augment=options.augmentation,
-        full_labels=options.loss_size == "full",
-        **common,
-    )
-    val_set = open_split(options.dataset, options.datadir, "val", **common)
+    with ranks.together():
+        ranks.share(options.batch_size, options.accumulate)
+        options.find_weights()
+        prepare(ranks.device, options)
+        folder = RunFolder(options) if ranks.first else None
+        torch.manual_seed(options.seed)
+        common: dict[str, Any] = {"height": options.height, "cache": options.cache}
+        train_set = open_split(
+            options.dataset,
+            options.datadir,
+            "train",
+            every=options.subset_every,
+            list_file=options.train_list,
+            augment=options.augmentation,
+            full_labels=options.loss_size == "full",
+            **common,
+        )
+        val_set = open_split(options.dataset, options.datadir, "val", **common)
     return Setup(ranks, folder, train_set, val_set, train_set.classes)
 
 
+@until_another_ends()
 def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
     """Train `distiller.student` and keep its last and best weights in the run's folder.
 
@@ -116,15 +122,23 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
 
     steps_per_epoch = math.ceil(len(batches(1)) / options.accumulate)
     plan = Plan.of(options, len(train_set), steps_per_epoch)
-    if folder is not None:
-        folder.compare(
-            options,
-            parameters=sum(p.numel() for p in distiller.student.parameters()),
-            data=train_set.identity(),
-            teacher=distiller.teacher and fingerprint(distiller.teacher),
-            world_size=ranks.world_size,
-            **({"decay_steps": plan.steps} if options.schedule == "step" else {}),
-        )
+    facts = {
+        "parameters": sum(p.numel() for p in distiller.student.parameters()),
+        "data": train_set.identity(),
+        "teacher": distiller.teacher and fingerprint(distiller.teacher),
+        "world_size": ranks.world_size,
+        **({"decay_steps": plan.steps} if options.schedule == "step" else {}),
+    }
+    chosen = {key: value for key, value in options.as_json().items() if key not in NODES_OWN}
+    also = {
+        "validation data": val_set.identity(),
+        "normalisation": distiller.student.normalisation,
+        "device": device.type,
+    }
+    ranks.require_same(chosen | facts | also)
+    with ranks.together():
+        if folder is not None:
+            folder.compare(options, **facts)
     if ranks.first and micro_batch == 1 < options.batch_size and distiller.fusion is not None:
         print(
             "warning: one image at a time a process: CSF then takes its squeeze for single images, and "
@@ -223,11 +237,10 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
                     tracker.stepped(state.epoch, schedule.lr)
                     if state.step >= total_steps:
                         break
-                    if ranks.world_size > 1 and state.step % AGREE_EVERY:
-                        continue
-                    if ranks.any(interrupt.signal is not None):
-                        break
-                    if ranks.any(time.monotonic() - saved > 60 * options.save_every):
+                    late = time.monotonic() - saved > 60 * options.save_every
+                    if ranks.any(late or interrupt.signal is not None):
+                        if ranks.any(interrupt.signal is not None):
+                            break
                         tracker.flush(state.epoch, schedule.lr)
                         save()
                         saved = time.monotonic()
@@ -339,7 +352,9 @@ def restore(
     Raises:
         UserError: there is none, or it belongs to another method, model, `--decay` or number of processes.
     """
-    content = load_checkpoint(options.run_dir)
+    with ranks.together():
+        content = load_checkpoint(options.run_dir) if ranks.first else None
+    content = ranks.of_first(content)  # nodes need not see each other's disks
     if len(content["optimizer"]["param_groups"]) != len(optimizer.param_groups):
         raise UserError(f"--decay can't change on --resume; give that of the run in {options.run_dir}")
     numbers = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
