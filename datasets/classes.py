@@ -54,6 +54,7 @@ class Classes:
             given = getattr(self, what)
             if given is not None and len(given) != self.num_outputs:
                 raise ValueError(f"{self.name}: {len(given)} {what} for {self.num_classes} classes and ignore")
+        object.__setattr__(self, "palette", np.asarray(self.palette, np.uint8))  # pictures take its bytes
 
     @property
     def num_classes(self) -> int:
@@ -87,13 +88,15 @@ class Classes:
         """Refuse a network, from `source`, whose outputs are not these classes, with or without "ignore".
 
         Raises:
-            UserError: another number of outputs; or `names`, as far as they are known, are of other classes.
+            UserError: another number of outputs; or `names`, as far as they are known, are of other classes, or of
+                these in another order.
         """
         what = None
         if outputs not in (self.num_classes, self.num_outputs):
             what = f"{outputs} classes, {self.name} has {self.num_classes}"
-        elif names and named(names) and self.order(names) is None:
-            what = f"other classes than {self.name}'s ({', '.join(names[:3])} …)"
+        elif names and named(names) and (order := self.order(names)) != list(range(outputs)):
+            what = f"other classes than {self.name}'s" if order is None else f"{self.name}'s classes in another order"
+            what += f" ({', '.join(names[:3])} …)"
         if what:
             raise UserError(f"{source} predicts {what}; use weights trained on these classes, or their data set")
 

@@ -86,7 +86,7 @@ def _unexpected_values(sample: Sample, classes: Classes, values: np.ndarray) -> 
     if sample.encoding == "label_ids":
         expected = f"label ids of {classes.name}"
     elif (classes.table("label_ids")[values[values < 256]] != UNEXPECTED).all():
-        hint = "these look like label ids: name such files *_labelIds.png and they are converted"
+        hint = "these look like label ids: name such files *_labelIds.png, or give pair_folders encoding='label_ids'"
     if values.max() > 255:
         hint = "these look like instance ids"
     return f"{sample.label} holds values that are no {expected}: {shown}; {hint}"

@@ -40,7 +40,7 @@ def read_records(path: Path, tail: int | None = None) -> list[dict[str, Any]]:
             if tail is not None:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - tail))
             lines = file.read().splitlines()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path} is missing; name the folder of a training run") from error
     except OSError as error:
         raise UserError(f"can't read {path} ({error.strerror})") from error

@@ -373,6 +373,8 @@ def main(options: Options) -> None:
     if len(set(names)) < len(names):
         names = [str(folder) for folder in options.runs]
     runs = [Run(name, folder) for name, folder in zip(names, options.runs, strict=True)]
+    for one in runs:
+        one.last("start")  # what is no run is refused now, not after the others were evaluated
     if options.evaluate:
         for one in runs:
             evaluate_run(one, options)

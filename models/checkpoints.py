@@ -71,9 +71,11 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
     Raises:
         UserError: no such file, unreadable, or something in it is not a tensor.
     """
-    path = _file(path)
+    given, path = Path(path), _file(path)
     if not path.is_file():
-        raise UserError(f"no weights at {path}; check the path, or see the model zoo in README.md")
+        inside = ", ".join(sorted(file.name for file in given.glob("*.safetensors")))
+        hint = f"name a file there ({inside})" if inside else "check the path, or see the model zoo in README.md"
+        raise UserError(f"no weights at {path}; {hint}")
     if path.suffix == ".onnx":
         raise UserError(f"{path} is for eval/predict.py alone; name the weights that it was exported from")
     if path.suffix == ".safetensors":
@@ -220,12 +222,18 @@ def in_our_order(state: State, names: Sequence[str]) -> tuple[State, tuple[str, 
     weight = next((key for key in CLASSIFIERS if key in state), None)
     if weight is None or not named(names) or state[weight].shape[:1] != (len(names),):
         return state, None
-    bias = weight.replace("weight", "bias")
-    for layout in LAYOUTS.values():
-        if order := layout.classes.order(names):
-            rows = {k: v[order] for k, v in state.items() if k in (weight, bias) and v.shape[:1] == (len(names),)}
-            return state | rows, layout.classes.output_names[: len(names)]
-    return state, tuple(names)
+    known = [(order, layout.classes) for layout in LAYOUTS.values() if (order := layout.classes.order(names))]
+    if not known:
+        return state, tuple(names)
+    # data sets with the same classes in orders of their own: these names may already be in one of them
+    order, classes = min(known, key=lambda found: found[0] != sorted(found[0]))
+    return reordered(state, order), classes.output_names[: len(names)]
+
+
+def reordered(state: State, order: list[int]) -> State:
+    """With the classifier's rows in this order."""
+    keys = (key.replace("weight", what) for key in CLASSIFIERS for what in ("weight", "bias"))
+    return state | {key: state[key][order] for key in keys if key in state and len(state[key]) == len(order)}
 
 
 def told_normalisation(path: Path | str, metadata: Mapping[str, str]) -> Normalisation | None:
@@ -350,6 +358,7 @@ def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
     """Start `model` from a checkpoint: an ImageNet encoder (its classifier is dropped) or a whole network.
 
     Of an mmsegmentation network the encoder is taken, and a line on stderr says so: its head is of another kind.
+    Classes of the same names come in the model's order.
 
     Returns:
         Whether the decode head was loaded too.
@@ -357,13 +366,15 @@ def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
     Raises:
         UserError: the encoder's keys do not fit.
     """
-    state, (normalisation, *_) = read_network(path)
+    state, (normalisation, names, _) = read_network(path)
     whole = any(key in state for key in CLASSIFIERS)
     wanted = model.state_dict()
     if any(key.startswith(RELU_HEAD) and key not in wanted for key in state):
         print(f"warning: the decode head in {path} is mmsegmentation's; the encoder alone is taken", file=sys.stderr)
         state = {key: value for key, value in state.items() if not key.startswith(RELU_HEAD)}
     elif whole:
+        if names and model.class_names and sorted(names) == sorted(model.class_names):
+            state = reordered(state, [names.index(name) for name in model.class_names])
         _load(model, state, path)
         model.normalisation = normalisation
         return True

@@ -41,7 +41,7 @@ from cli import UserError
 from datasets import find_layout
 from datasets.classes import Classes
 from models.base import SegmentationModel
-from models.checkpoints import NO_NORMALISATION, load_model, read_facts, save_model
+from models.checkpoints import NO_NORMALISATION, load_model, read_facts, recognise, save_model
 from models.layouts.huggingface import huggingface_shape, to_huggingface
 from models.layouts.mmsegmentation import to_mmseg
 from models.model_card import model_card, read_run
@@ -227,6 +227,8 @@ def write_safetensors(export: Export, path: Path) -> None:
 def write_torch(export: Export, path: Path) -> None:
     if export.model.normalisation is not None:
         raise UserError("these weights expect normalised images, and a bare state dict can't say so; use safetensors")
+    if recognise(export.model.state_dict()) != export.model.name:
+        raise UserError(f"a bare state dict can't say that it is {export.model.name}; use safetensors")
     torch.save(export.model.state_dict(), path)
 
 
@@ -271,6 +273,8 @@ class OnnxNetwork:
             import onnxruntime
         except ImportError as error:
             raise UserError(f"{path} needs onnxruntime; {EXTRA}") from error
+        if not path.is_file():
+            raise UserError(f"no weights at {path}; check the path")
         try:
             self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
             metadata = self.session.get_modelmeta().custom_metadata_map

@@ -210,6 +210,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
 def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
     assert "no weights at" in refusal(load_model, tmp_path / "nothing.pth")
     save_file({}, tmp_path / "empty.safetensors")
+    assert "name a file there (empty.safetensors)" in refusal(load_model, tmp_path)  # a run's folder
     assert "no model that is known" in refusal(load_model, tmp_path / "empty.safetensors")
 
 

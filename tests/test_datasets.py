@@ -210,7 +210,7 @@ def test_image_at_the_right_size_is_untouched(tmp_path: Path):
 @pytest.mark.parametrize(
     ("array", "words"),
     [
-        (np.full((64, 96), 26), "no train ids .*: 26; these look like label ids"),
+        (np.full((64, 96), 26), "no train ids .*: 26; these look like label ids: .*encoding='label_ids'"),
         (np.full((64, 96), 200), "no train ids .*: 200; is this a colour map"),
         (np.full((64, 96, 3), 0), "looks like a colour map"),
         (np.zeros((32, 48)), "is 64×96 pixels .* is 32×48"),

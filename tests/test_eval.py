@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -446,3 +447,11 @@ def test_forward_is_the_model(model: SegFormer, cityscapes: Path) -> None:
     with torch.no_grad():
         expected = model(batch.images.float() / 255).logits
     assert torch.equal(forward(model, batch, "cpu"), expected)
+
+
+def test_colours_of_any_type() -> None:
+    """A palette written without dtype, or as a plain list, gives the colours that it says."""
+    colours = [(200, 10, 20), (30, 140, 50), (0, 0, 0)]
+    for palette in (colours, np.array(colours)):
+        mine = replace(CITYSCAPES, names=("road", "sky"), palette=palette, weights=None, label_ids=(1, 2, 0))
+        assert np.asarray(colorize(np.array([[0, 1, 2]]), mine)).tolist() == [[list(colour) for colour in colours]]

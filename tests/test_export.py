@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from transformers import SegformerForSemanticSegmentation, SegformerImageProcessorPil
 
 from cli import UserError
+from datasets import LAYOUTS
 from datasets.classes import CITYSCAPES, VOC2012
 from datasets.transforms import resize_image, to_float
 from models import SegFormer, create_model, load_backbone, load_model, load_weights, save_model
 from models.checkpoints import IMAGENET, read_facts
-from models.export import SIZES, Export, Options, difference, main
+from models.export import SIZES, Export, OnnxNetwork, Options, difference, main
+from models.factory import BUILDERS
 from models.layouts.huggingface import to_huggingface
 from models.layouts.mmsegmentation import to_mmseg
 from models.model_card import model_card, read_run
@@ -205,6 +208,27 @@ def test_other_networks_are_refused(kind: str, tmp_path: Path) -> None:
         main(Options(weights=tmp_path / "w.safetensors", format=kind, output=tmp_path / "new"))
 
 
+def test_an_onnx_file_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "w.onnx").write_bytes(b"\x08")
+    with pytest.raises(UserError, match=r"w\.onnx is no network that models\.export wrote"):
+        OnnxNetwork(tmp_path / "w.onnx")
+
+
+def test_what_a_state_dict_cannot_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The name of a network of one's own, by which it is read again."""
+
+    class Own(SegFormer):
+        def __init__(self, num_classes: int, **options: float) -> None:
+            super().__init__("segformer_b0", num_classes, **options)
+            self.extra = nn.Linear(1, 1)
+
+    monkeypatch.setitem(BUILDERS, "own", Own)
+    save_model(create_model("own"), tmp_path / "w.safetensors")
+    main(Options(weights=tmp_path / "w.safetensors", format="safetensors", output=tmp_path / "copy.safetensors"))
+    with pytest.raises(UserError, match="a bare state dict can't say that it is own; use safetensors"):
+        main(Options(weights=tmp_path / "w.safetensors", format="torch", output=tmp_path / "w.pth"))
+
+
 def test_a_wrong_export_is_not_written(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def swapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = to_huggingface(state)
@@ -330,6 +354,28 @@ def test_classes_come_in_our_order(
     ours = load_model(tmp_path / "ours.safetensors")
     assert ours.class_names == expected
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_an_order_that_a_data_set_has_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of two data sets with the same classes, each one's weights stay in its order, and the other refuses them,
+    unless it is to go on from them.
+    """
+    names, labels = CITYSCAPES.names[::-1], CITYSCAPES.label_ids
+    turned = replace(CITYSCAPES, name="Turned", names=names, label_ids=(*labels[-2::-1], labels[-1]))
+    monkeypatch.setitem(LAYOUTS, "turned", replace(LAYOUTS["cityscapes"], name="turned", classes=turned))
+    network = seed(create_model("segformer_b0", 20)).eval()
+    for classes, other in ((turned, CITYSCAPES), (CITYSCAPES, turned)):
+        network.class_names = classes.output_names
+        save_model(network, tmp_path / "w.safetensors")
+        model = load_model(tmp_path / "w.safetensors")
+        assert torch.equal(logits(model, IMAGES), logits(network, IMAGES))
+        classes.require("w", 20, model.class_names)
+        with pytest.raises(UserError, match=f"w predicts {other.name}'s classes in another order"):
+            other.require("w", 20, model.class_names)
+        start = create_model("segformer_b0", 20).eval()
+        start.class_names = other.output_names  # as training does
+        assert load_backbone(start, tmp_path / "w.safetensors")
+        torch.testing.assert_close(logits(start, IMAGES), logits(network, IMAGES)[:, [*range(18, -1, -1), 19]])
 
 
 def test_other_classes_are_refused_where_they_are_known() -> None:

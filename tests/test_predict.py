@@ -309,7 +309,7 @@ def test_without_pyav(weights: Path, drive: Path, tmp_path: Path, monkeypatch: p
         ({"inputs": ("IN/notes.txt", "IN/*.gif")}, r"\*\.gif is no photograph"),
         ({"alpha": 1.5}, "--alpha 1.5"),
         ({"batch_size": 0}, "--batch-size"),
-        ({"weights": Path("nowhere.ONNX")}, r"nowhere.ONNX is no network that models\.export wrote"),
+        ({"weights": Path("nowhere.ONNX")}, "no weights at nowhere.ONNX"),
         ({"weights": Path("nowhere.pth")}, "nowhere.pth"),
         ({"inputs": ("IN/a.png", "COPY/a.png")}, "would both become"),
     ],

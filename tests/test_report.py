@@ -219,6 +219,8 @@ def test_mistakes(tmp_path: Path) -> None:
     for options, says in (
         (Options(()), "no run given"),
         (Options((tmp_path,)), "metrics.jsonl is missing"),
+        (Options((run.folder, run.folder / "options.json")), "json/metrics.jsonl is missing"),
+        (Options((run.folder, tmp_path / "typo"), evaluate=True), "typo/metrics.jsonl is missing"),
         (Options((run.folder,), examples=-1), "--examples"),
         (Options((run.folder,), tmp_path), "is a folder"),
         (Options((run.folder,), tmp_path / "page.html", run.folder / "options.json"), "cannot make the folder"),
