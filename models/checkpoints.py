@@ -71,7 +71,7 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
     Raises:
         UserError: no such file, unreadable, or something in it is not a tensor.
     """
-    given, path = Path(path), _file(path)
+    given, path = Path(path), weights_file(path)
     if not path.is_file():
         inside = ", ".join(sorted(file.name for file in given.glob("*.safetensors")))
         hint = f"name a file there ({inside})" if inside else "check the path, or see the model zoo in README.md"
@@ -108,7 +108,7 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
     return dict(content), metadata
 
 
-def _file(path: Path | str) -> Path:
+def weights_file(path: Path | str) -> Path:
     """The file that holds the weights of a file or folder."""
     path = Path(path)
     if not path.is_dir():
@@ -131,7 +131,7 @@ def read_facts(path: Path | str) -> dict[str, Any]:
     Raises:
         UserError: a damaged safetensors file.
     """
-    path = _file(path)
+    path = weights_file(path)
     if path.suffix != ".safetensors":
         return {}
     with _opened(path) as file:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ from cli import UserError
 from datasets.synthetic import write_dataset
 from models import create_model, save_model
 from train import table
-from train.grid import GRIDS, Job, Row, plan, read_grid, seeds_on_disk, split_facts, with_teacher, words
+from train.grid import GRIDS, Job, Row, digest, plan, read_grid, seeds_on_disk, split_facts, with_teacher, words
 from train.options import ROOT
 from train.runner import Runner, Running, slots
 from train.table import Spread, Table, chosen, results, size_of
@@ -186,6 +187,11 @@ def test_teachers(folder: Path, teacher_weights: Path) -> None:
     grid = with_teacher(read_grid(folder / "changed.toml"), folder / "teacher.safetensors")
     (job,) = {j.teacher for j in plan(grid, folder, folder / "runs") if j.teacher}
     assert job.weights == folder / "teacher.safetensors" and not job.training
+    public = folder / "public"  # a folder, as Hugging Face's
+    public.mkdir()
+    shutil.copy(folder / "teacher.safetensors", public / "model.safetensors")
+    (job,) = {j.teacher for j in plan(with_teacher(grid, public), folder, folder / "runs") if j.teacher}
+    assert job.weights == public and job.source() == {"weights": digest(folder / "teacher.safetensors")}
     assert [str(j) for j in chosen(one, ["TransKDBase"], [1])] == ["TransKDBase seed 1", "teacher seed 7"]
     with pytest.raises(UserError, match="no row is called 'nobody'"):
         chosen(one, ["nobody"], [0])

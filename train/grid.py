@@ -25,6 +25,7 @@ from eval import eval_iou
 from eval.options import IoUOptions
 from eval.records import read_json, read_records, write_json
 from models import SegmentationModel, load_model
+from models.checkpoints import weights_file
 from train.optimisation import Plan
 from train.options import ROOT, TrainingOptions
 from train.run_folder import FREE, holds_run
@@ -395,8 +396,6 @@ def evaluated(grid: Grid) -> str:
 @functools.cache
 def given_model(where: str, weights: Path) -> SegmentationModel:
     """The network in a file, without its numbers. It is read once: what happens to the file later stops no table."""
-    if not weights.is_file():
-        raise UserError(f"{where}: no weights at {weights}")
     try:
         return load_model(weights).to("meta")
     except UserError as error:
@@ -503,8 +502,9 @@ def short(path: Path | str) -> str:
 
 
 def digest(path: Path | None) -> str | None:
-    """Hash of a file's content, None where it is missing or a folder."""
-    return _digest(path, path.stat().st_mtime_ns) if path is not None and path.is_file() else None
+    """Hash of a file's content, or of the weights' in a folder; None where there are none."""
+    file = path and weights_file(path)
+    return _digest(file, file.stat().st_mtime_ns) if file and file.is_file() else None
 
 
 @functools.cache

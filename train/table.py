@@ -29,7 +29,8 @@ A grid is a TOML file; train/grids/ has the paper's tables:
     baseline = "student"            # the row that the gain is measured against, seed by seed
     options = { embed = 5 }         # this row's own flags
 
-Further keys: title, datadir, and [scenes], the options of datasets.synthetic for data that is drawn first.
+Further keys: title, datadir, and [scenes], the options of datasets.synthetic for data that is drawn first. Paths are
+relative to the folder in which the command is given.
 
 A run's folder, OUTPUT/ROW-seedN, holds its checkpoints, log.txt and eval.json; table.md and table.json stand beside
 the folders and are written after every run. Interrupted or killed, the same command goes on where it stopped: SIGINT
