@@ -1,5 +1,6 @@
 """The same on a GPU: training steps and evaluation in images a second, and how long the paper's run would take."""
 
+import gc
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -59,6 +60,8 @@ def step_cost(
     """Seconds of every training step and the most bytes it took; () on a CPU, or both where memory ran out."""
     cuda = setup.device == "cuda"
     if cuda:
+        torch.compiler.reset()  # with the next line, lets go of the last step's networks and CUDA graphs
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:

@@ -123,6 +123,7 @@ def evaluate(
     counts = torch.stack([matrix.counts for matrix in matrices])
     if world_size > 1:
         dist.all_reduce(counts)
+    counts = counts.cpu()  # once, instead of for every image
     if not counts[:, : classes.num_classes].any():
         raise UserError("every label pixel of this split is ignored, as in test splits; choose a labelled --subset")
 

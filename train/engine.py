@@ -316,7 +316,7 @@ def shares(group: list[Batch], weights: torch.Tensor, ranks: Ranks) -> Iterable[
         torch.bincount(batch.labels.flatten(), minlength=len(weights)).double() @ weights.double() for batch in group
     ]
     own = torch.tensor([(float(c), len(batch.images)) for c, batch in zip(counted, group, strict=True)])
-    own = own.to(ranks.device)
+    own = own.to(ranks.device, non_blocking=True)  # else the host would wait for the step before
     return own / ranks.mean(own.mean(0)).clamp_min(torch.finfo(own.dtype).tiny)
 
 
