@@ -126,16 +126,13 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def read_facts(path: Path | str) -> dict[str, Any]:
-    """What `save_model` was told beside a network; empty for other files. The weights are not read.
+    """What training told beside a network; empty for files from elsewhere.
 
     Raises:
-        UserError: a damaged safetensors file.
+        UserError: as `read_weights`.
     """
-    path = weights_file(path)
-    if path.suffix != ".safetensors":
-        return {}
-    with _opened(path) as file:
-        text = (file.metadata() or {}).get("facts", "{}")
+    metadata = {} if Path(path).suffix == ".onnx" else read_weights(path)[1]
+    text = metadata.get("facts", "{}")
     try:
         facts = json.loads(text)
     except ValueError:
@@ -388,9 +385,9 @@ def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
     return False
 
 
-def metadata_of(model: SegmentationModel) -> dict[str, str]:
-    """What goes with a network's weights wherever they are written."""
-    metadata = {"model": model.name, "num_classes": str(model.num_classes)}
+def metadata_of(model: SegmentationModel, **facts: Any) -> dict[str, str]:
+    """What goes with a network's weights wherever they are written: `facts`, as JSON, and what it needs to be used."""
+    metadata = {"facts": json.dumps(facts), "model": model.name, "num_classes": str(model.num_classes)}
     if model.normalisation is not None:
         metadata["normalisation"] = json.dumps(model.normalisation)
     if model.class_names is not None:
@@ -399,8 +396,8 @@ def metadata_of(model: SegmentationModel) -> dict[str, str]:
 
 
 def save_model(model: SegmentationModel, path: Path, **facts: Any) -> None:
-    """Write the bare network as safetensors, whole or not at all; `facts` go into its metadata as JSON."""
-    metadata = {"format": "pt", "facts": json.dumps(facts)} | metadata_of(model)
+    """Write the bare network as safetensors, whole or not at all; `facts` go into its metadata."""
+    metadata = {"format": "pt"} | metadata_of(model, **facts)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with writing(path) as aside:
         aside.write_bytes(save(state, metadata))

@@ -302,6 +302,8 @@ def test_imagenet_student(command: Command, scenes: Path, tmp_path: Path) -> Non
     assert all(torch.allclose(trained[key], value, rtol=0, atol=1e-20) for key, value in encoder.items())
     facts = read_facts(tmp_path / "run" / "student.safetensors")
     assert {key: facts[key] for key in ("method", "height", "step")} == {"method": "student", "height": 64, "step": 1}
+    assert read_facts(tmp_path / "run" / "best.pt") == facts
+    assert read_facts(tmp_path / "run" / "last.pt") == {key: facts[key] for key in facts if key != "mean_iou"}
 
 
 @pytest.mark.parametrize(

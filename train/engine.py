@@ -101,189 +101,233 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
         UserError: `--resume` with options that would change the result, a loss that is not finite, or a full disk.
             What was saved before is still there.
     """
-    ranks, folder, train_set, val_set, _ = setup
-    device = ranks.device
-    micro_batch = ranks.share(options.batch_size, options.accumulate)
-    if isinstance(options, DistillationOptions) and options.logits_weight:
-        distiller.distil_logits(options.logits_weight, options.logits_temperature)
+    run = Run(distiller, setup, options)
+    with run.interrupt, run.tracker:
+        run.go()
+    del run.learner  # DistributedDataParallel, which must be gone by then
+    setup.ranks.leave()
+    if not run.done:
+        sys.exit(128 + (run.interrupt.signal or signal.SIGTERM))
 
-    def batches(epoch: int, steps_done: int = 0) -> Batches:
-        return training_batches(
-            train_set,
-            batch_size=micro_batch,
-            seed=options.seed,
-            epoch=epoch,
-            start=steps_done * options.accumulate,
-            num_workers=options.num_workers,
-            pin_memory=device.type == "cuda",
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-        )
 
-    steps_per_epoch = math.ceil(len(batches(1)) / options.accumulate)
-    plan = Plan.of(options, len(train_set), steps_per_epoch)
-    facts = {
-        "parameters": sum(p.numel() for p in distiller.student.parameters()),
-        "data": train_set.identity(),
-        "teacher": distiller.teacher and fingerprint(distiller.teacher),
-        "world_size": ranks.world_size,
-        **({"decay_steps": plan.steps} if options.schedule == "step" else {}),
-    }
-    chosen = {key: value for key, value in options.as_json().items() if key not in NODES_OWN}
-    also = {
-        "validation data": val_set.identity(),
-        "normalisation": distiller.student.normalisation,
-        "device": device.type,
-    }
-    ranks.require_same(chosen | facts | also)
-    with ranks.together():
-        if folder is not None:
-            folder.compare(options, **facts)
-    if ranks.first and micro_batch == 1 < options.batch_size and distiller.fusion is not None:
-        print(
-            "warning: one image at a time a process: CSF then takes its squeeze for single images, and "
-            "BatchNorm sees one image; a larger --batch-size comes closer to the recipe",
-            file=sys.stderr,
-        )
+class Run:
+    """A run under way: the networks, the optimizer, how far it has come.
 
-    distiller.to(device)
-    if options.sync_batchnorm:
-        nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
-    state = State()
-    optimizer = new_optimizer(distiller, options)
-    averaged = AveragedWeights(distiller.student, options.ema) if options.ema else None
-    network = averaged.network if averaged else distiller.student  # what is validated and kept
-    torch.manual_seed(options.seed + ranks.rank)  # building other modules drew other numbers; dropout is the same
-    if options.resume:
-        state = restore(options, ranks, distiller, optimizer, averaged)
-    if folder is not None:  # after the checkpoint fitted: what is refused must not be noted as the run's
-        folder.describe()
-    schedule = Schedule(optimizer, options, plan)
-    if options.compile:
-        # an epoch's odd last batch is compiled too, instead of slowing all others
-        distiller.compile(dynamic=False, mode=options.compile_mode)
-    learner = ranks.wrap(distiller)
-    total_steps = plan.total_steps(state.epoch, state.batch, state.step)
+    Raises:
+        UserError: the processes were not given the same, or `--resume` another run than it began.
+    """
 
-    def save(*, best: bool = False) -> None:
-        random = ranks.gather([torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None])
-        if folder is not None:
-            content = {
-                "model": distiller.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "state": vars(state),
-                "random": random,
-                "metadata": metadata_of(distiller.student),
-            }
-            if averaged is not None:
-                content["averaged"] = averaged.network.state_dict()
-            folder.save(content, best=best)
+    def __init__(self, distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
+        self.distiller, self.options = distiller, options
+        self.ranks, self.folder, self.train_set, self.val_set, _ = setup
+        self.device = self.ranks.device
+        self.micro_batch = self.ranks.share(options.batch_size, options.accumulate)
+        self.steps_per_epoch = math.ceil(len(self.batches(1)) / options.accumulate)
+        plan = Plan.of(options, len(self.train_set), self.steps_per_epoch)
+        if isinstance(options, DistillationOptions) and options.logits_weight:
+            distiller.distil_logits(options.logits_weight, options.logits_temperature)
+        self._compare(plan)
+        if self.ranks.first and self.micro_batch == 1 < options.batch_size and distiller.fusion is not None:
+            print(
+                "warning: one image at a time a process: CSF then takes its squeeze for single images, and "
+                "BatchNorm sees one image; a larger --batch-size comes closer to the recipe",
+                file=sys.stderr,
+            )
 
-    def keep_network(suffix: str, score: float) -> None:
-        if folder is not None:
-            facts = {name: getattr(options, name) for name in ("method", "dataset", "height")}
-            facts |= {"step": state.step, "mean_iou": score}
-            save_model(network, folder.path / f"{options.network}{suffix}.safetensors", **facts)
+        distiller.to(self.device)
+        if options.sync_batchnorm:
+            nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+        self.class_weights = distiller.class_weights.cpu()  # once: a step must not wait for the device
+        self.optimizer = new_optimizer(distiller, options)
+        self.averaged = AveragedWeights(distiller.student, options.ema) if options.ema else None
+        self.network = self.averaged.network if self.averaged else distiller.student  # what is validated and kept
+        torch.manual_seed(options.seed + self.ranks.rank)  # building modules drew numbers; dropout's are the same
+        self.state = State()
+        if options.resume:
+            self.state = restore(options, self.ranks, distiller, self.optimizer, self.averaged)
+        if self.folder is not None:  # after the checkpoint fitted: what is refused must not be noted as the run's
+            self.folder.describe()
+        self.schedule = Schedule(self.optimizer, options, plan)
+        self.total_steps = plan.total_steps(self.state.epoch, self.state.batch, self.state.step)
+        if options.compile:
+            # an epoch's odd last batch is compiled too, instead of slowing all others
+            distiller.compile(dynamic=False, mode=options.compile_mode)
+        self.learner = self.ranks.wrap(distiller)
+        self.interrupt = Interrupt()
+        self.tracker = Tracker(options, self.ranks, self.total_steps, self.state.step, self.device)
 
-    def validate(model: nn.Module, event: str = "val") -> float:
-        ranks.agree(model)
-        scores = evaluate(
-            model,
-            val_set,
-            batch_size=micro_batch,
-            num_workers=options.num_workers,
-            device=device,
-            progress=False,
-        ).as_json()
-        tracker.validated(state.epoch, scores, event)
-        return scores["mean_iou"] or 0.0
+    def _compare(self, plan: Plan) -> None:
+        """Whether all processes, and the run that is taken up, were given the same."""
+        options, distiller = self.options, self.distiller
+        facts = {
+            "parameters": sum(p.numel() for p in distiller.student.parameters()),
+            "data": self.train_set.identity(),
+            "teacher": distiller.teacher and fingerprint(distiller.teacher),
+            "world_size": self.ranks.world_size,
+            **({"decay_steps": plan.steps} if options.schedule == "step" else {}),
+        }
+        chosen = {key: value for key, value in options.as_json().items() if key not in NODES_OWN}
+        also = {
+            "validation data": self.val_set.identity(),
+            "normalisation": distiller.student.normalisation,
+            "device": self.device.type,
+        }
+        self.ranks.require_same(chosen | facts | also)
+        with self.ranks.together():
+            if self.folder is not None:
+                self.folder.compare(options, **facts)
 
-    with (
-        Interrupt() as interrupt,
-        Tracker(options, ranks, total_steps, state.step, device) as tracker,
-    ):
-        tracker.record("start", state.epoch, total_steps=total_steps, **provenance(device))
+    @property
+    def done(self) -> bool:
+        return self.state.step >= self.total_steps
+
+    def go(self) -> None:
+        """Train to the last step, or until a signal comes, and save.
+
+        Raises:
+            UserError: a loss is not finite, or what is written doesn't fit on the disk.
+        """
+        options, state, tracker = self.options, self.state, self.tracker
+        tracker.record("start", state.epoch, total_steps=self.total_steps, **provenance(self.device))
         tracker.say(
-            f"{options.method}: {len(train_set)} training and {len(val_set)} validation images, "
-            f"{steps_per_epoch} steps an epoch, {total_steps} in all, on {device}, in {options.run_dir}"
+            f"{options.method}: {len(self.train_set)} training and {len(self.val_set)} validation images, "
+            f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all, on {self.device}, in {options.run_dir}"
         )
-        if state.step >= total_steps:
+        if self.done:
             tracker.say(f"{state.step} steps are done already; to train on, raise --num-epochs or --max-steps")
-        if isinstance(options, DistillationOptions) and options.validate_teacher and distiller.teacher is not None:
-            tracker.say(f"teacher: val mIoU {validate(distiller.teacher, 'teacher'):.2%}")
-
-        saved = time.monotonic()
-        class_weights = distiller.class_weights.cpu()  # once: a step must not wait for the device
+        if isinstance(options, DistillationOptions) and options.validate_teacher and self.distiller.teacher is not None:
+            tracker.say(f"teacher: val mIoU {self.validate(self.distiller.teacher, 'teacher'):.2%}")
+        self.saved = time.monotonic()
         try:
-            while state.step < total_steps:
-                distiller.train()
-                for group in grouped(batches(state.epoch, state.batch), options.accumulate):
-                    schedule.set(state.epoch, state.step)
-                    optimizer.zero_grad(set_to_none=True)
-                    for batch, share in zip(group, shares(group, class_weights, ranks), strict=True):
-                        with ranks.averaging(learner, batch is group[-1]):
-                            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-                                losses = learner(*to_device(batch, device))
-                            if share is not None:
-                                losses = {name: share[int(name != "ce")] * loss for name, loss in losses.items()}
-                            total = torch.stack(list(losses.values())).sum() / len(group)
-                            total.backward()
-                        tracker.add(losses, batch.indices)
-                    optimizer.step()
-                    state.step += 1
-                    state.batch += 1
-                    if averaged is not None:
-                        averaged.update(state.step)
-                    tracker.stepped(state.epoch, schedule.lr)
-                    if state.step >= total_steps:
-                        break
-                    late = time.monotonic() - saved > 60 * options.save_every
-                    if ranks.any(late or interrupt.signal is not None):
-                        if ranks.any(interrupt.signal is not None):
-                            break
-                        tracker.flush(state.epoch, schedule.lr)
-                        save()
-                        saved = time.monotonic()
-                tracker.flush(state.epoch, schedule.lr)
-                stop = ranks.any(interrupt.signal is not None)
-                if stop and state.step < total_steps:
+            while not self.done:
+                self.train_epoch()
+                if self.ranks.any(self.interrupt.signal is not None) and not self.done:
                     break
-
-                epoch_done = state.batch >= steps_per_epoch
-                last = state.step >= total_steps
-                due = last or (epoch_done and state.epoch % options.validate_every == 0)
-                score = validate(network) if due else 0.0
-                if epoch_done:
-                    state.epoch, state.batch = state.epoch + 1, 0
-                if due:
-                    best = score > state.best
-                    state.best = max(score, state.best)
-                    tracker.say(
-                        f"step {state.step}/{total_steps}: val mIoU {score:.2%}, best {state.best:.2%}"
-                        + (" *" if best else "")
-                    )
-                    tracker.pictures(network, val_set)
-                    keep_network("", score)
-                    if best:  # before last.pt, which remembers that this was the best
-                        keep_network("_best", score)
-                        save(best=True)
-                    save()
-                    saved = time.monotonic()
+                self.end_epoch()
         except NotFiniteError as error:
-            names = ", ".join(train_set.samples[i].name for i in error.indices)
+            names = ", ".join(self.train_set.samples[i].name for i in error.indices)
             raise UserError(
                 f"the loss {error.term} is {error.value} at step {error.step} (images {names}); the last good state "
                 f"is kept in {options.run_dir}: look at these images, or try a lower --lr"
             ) from error
-        if state.step < total_steps:
-            save()
-            tracker.say(f"interrupted at step {state.step}; the same command with --resume goes on from there")
-        else:
+        if self.done:
             tracker.say(f"done: {options.run_dir / options.network}.safetensors and {options.network}_best.safetensors")
-    del learner
-    ranks.leave()
-    if state.step < total_steps:
-        sys.exit(128 + (interrupt.signal or signal.SIGTERM))
+        else:
+            self.save()
+            tracker.say(f"interrupted at step {state.step}; the same command with --resume goes on from there")
+
+    def train_epoch(self) -> None:
+        """Take the steps that are left of the epoch and of the run, or those before a signal."""
+        self.distiller.train()
+        for group in grouped(self.batches(self.state.epoch, self.state.batch), self.options.accumulate):
+            self.step(group)
+            if self.done:
+                break
+            late = time.monotonic() - self.saved > 60 * self.options.save_every
+            if self.ranks.any(late or self.interrupt.signal is not None):
+                if self.ranks.any(self.interrupt.signal is not None):
+                    break
+                self.tracker.flush(self.state.epoch, self.schedule.lr)
+                self.save()
+        self.tracker.flush(self.state.epoch, self.schedule.lr)
+
+    def step(self, group: list[Batch]) -> None:
+        """One step of the optimizer, by a global batch in parts whose gradients add up."""
+        state, ranks = self.state, self.ranks
+        self.schedule.set(state.epoch, state.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        for batch, share in zip(group, shares(group, self.class_weights, ranks), strict=True):
+            with ranks.averaging(self.learner, batch is group[-1]):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+                    losses = self.learner(*to_device(batch, self.device))
+                if share is not None:
+                    losses = {name: share[int(name != "ce")] * loss for name, loss in losses.items()}
+                total = torch.stack(list(losses.values())).sum() / len(group)
+                total.backward()
+            self.tracker.add(losses, batch.indices)
+        self.optimizer.step()
+        state.step += 1
+        state.batch += 1
+        if self.averaged is not None:
+            self.averaged.update(state.step)
+        self.tracker.stepped(state.epoch, self.schedule.lr)
+
+    def end_epoch(self) -> None:
+        """Count the epoch if it is over; validate, keep the network and save if that is due."""
+        state, tracker = self.state, self.tracker
+        over = state.batch >= self.steps_per_epoch
+        due = self.done or (over and state.epoch % self.options.validate_every == 0)
+        score = self.validate(self.network) if due else 0.0
+        if over:
+            state.epoch, state.batch = state.epoch + 1, 0
+        if not due:
+            return
+        best = score > state.best
+        state.best = max(score, state.best)
+        mark = " *" if best else ""
+        tracker.say(f"step {state.step}/{self.total_steps}: val mIoU {score:.2%}, best {state.best:.2%}{mark}")
+        tracker.pictures(self.network, self.val_set)
+        self.keep_network("", score)
+        if best:  # before last.pt, which remembers that this was the best
+            self.keep_network("_best", score)
+            self.save(best=True)
+        self.save()
+
+    def validate(self, model: nn.Module, event: str = "val") -> float:
+        """mIoU of the validation split."""
+        self.ranks.agree(model)
+        scores = evaluate(
+            model,
+            self.val_set,
+            batch_size=self.micro_batch,
+            num_workers=self.options.num_workers,
+            device=self.device,
+            progress=False,
+        ).as_json()
+        self.tracker.validated(self.state.epoch, scores, event)
+        return scores["mean_iou"] or 0.0
+
+    def save(self, *, best: bool = False) -> None:
+        """Write a checkpoint."""
+        cuda = self.device.type == "cuda"
+        random = self.ranks.gather([torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None])
+        if self.folder is not None:
+            content = {
+                "model": self.distiller.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "state": vars(self.state),
+                "random": random,
+                "metadata": metadata_of(self.distiller.student, **self.facts(self.state.best if best else None)),
+            }
+            if self.averaged is not None:
+                content["averaged"] = self.averaged.network.state_dict()
+            self.folder.save(content, best=best)
+        self.saved = time.monotonic()
+
+    def keep_network(self, suffix: str, score: float) -> None:
+        """Write the network's weights alone."""
+        if self.folder is not None:
+            path = self.folder.path / f"{self.options.network}{suffix}.safetensors"
+            save_model(self.network, path, **self.facts(score))
+
+    def facts(self, score: float | None) -> dict[str, Any]:
+        """What weights tell about where they come from."""
+        told = {name: getattr(self.options, name) for name in ("method", "dataset", "height")}
+        return told | {"step": self.state.step} | ({} if score is None else {"mean_iou": score})
+
+    def batches(self, epoch: int, steps_done: int = 0) -> Batches:
+        """What is left of an epoch."""
+        return training_batches(
+            self.train_set,
+            batch_size=self.micro_batch,
+            seed=self.options.seed,
+            epoch=epoch,
+            start=steps_done * self.options.accumulate,
+            num_workers=self.options.num_workers,
+            pin_memory=self.device.type == "cuda",
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
