@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cli import UserError, writing
 from datasets import LAYOUTS
-from datasets.classes import named
+from datasets.classes import named, plain
 from models import lvt, pvtv2, segformer
 from models.base import Normalisation, SegmentationModel
 from models.factory import BUILDERS, MODELS, create_model
@@ -355,7 +355,7 @@ def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
     """Start `model` from a checkpoint: an ImageNet encoder (its classifier is dropped) or a whole network.
 
     Of an mmsegmentation network the encoder is taken, and a line on stderr says so: its head is of another kind.
-    Classes of the same names come in the model's order.
+    Of a network of other classes, those that `model` has too are taken, by name; a line on stderr names the rest.
 
     Returns:
         Whether the decode head was loaded too.
@@ -370,9 +370,7 @@ def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
         print(f"warning: the decode head in {path} is mmsegmentation's; the encoder alone is taken", file=sys.stderr)
         state = {key: value for key, value in state.items() if not key.startswith(RELU_HEAD)}
     elif whole:
-        if names and model.class_names and sorted(names) == sorted(model.class_names):
-            state = reordered(state, [names.index(name) for name in model.class_names])
-        _load(model, state, path)
+        _load(model, _with_classes_of(model, state, names, path), path)
         model.normalisation = normalisation
         return True
     state = {key: value for key, value in state.items() if key not in ("head.weight", "head.bias")}
@@ -383,6 +381,28 @@ def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
     if whole:  # ImageNet's encoders start without, as published
         model.normalisation = normalisation
     return False
+
+
+def _with_classes_of(model: SegmentationModel, state: State, names: Sequence[str] | None, path: Path | str) -> State:
+    """A whole network with `model`'s classes: its classifier's rows by their names, `model`'s own where it has none."""
+    wanted, outputs = model.state_dict(), model.num_classes
+    weight = next(key for key in CLASSIFIERS if key in state)
+    count = len(state[weight])
+    rows: list[int | None] = [None] * outputs
+    if names and model.class_names:
+        places = {plain(name): row for row, name in enumerate(names)}
+        rows = [places.get(plain(name)) for name in model.class_names]
+    elif count in (outputs, outputs - 1):  # nameless, but as many, with or without "ignore"
+        rows[:count] = range(count)
+    anew = [i for i, row in enumerate(rows) if row is None]
+    if set(anew) - {outputs - 1}:
+        lacking = _some([str((model.class_names or range(outputs))[i]) for i in anew])
+        print(f"warning: {path} lacks the classes {lacking}; they start anew", file=sys.stderr)
+    for key in (weight, weight.replace("weight", "bias")):
+        theirs, ours = state.get(key), wanted.get(key)
+        if theirs is not None and ours is not None and theirs.shape[1:] == ours.shape[1:] and len(theirs) == count:
+            state = state | {key: torch.stack([ours[i] if row is None else theirs[row] for i, row in enumerate(rows)])}
+    return state
 
 
 def metadata_of(model: SegmentationModel, **facts: Any) -> dict[str, str]:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cli import UserError
+from datasets.classes import CITYSCAPES
 from models import create_model, load_backbone, load_model, load_weights, save_model
 from models.info import build
 from models.segformer import SegFormer
@@ -170,6 +171,46 @@ def test_other_classes_and_other_sizes_say_what_they_are(tmp_path: Path) -> None
     for load in (load_weights, load_backbone):
         message = refusal(load, create_model("segformer_b0"), b2)
         assert "does not fit segformer_b0" in message and "looks like segformer_b2" in message
+
+
+OWN = ("Traffic_Light", "pond", "road", "ignore")
+
+
+@pytest.mark.parametrize(
+    ("names", "outputs", "own", "taken", "says"),
+    [
+        (CITYSCAPES.output_names, 20, OWN, {0: 6, 2: 0, 3: 19}, "lacks the classes pond; they start anew"),
+        (CITYSCAPES.names, 19, OWN, {0: 6, 2: 0}, "lacks the classes pond, ignore; they start anew"),
+        (CITYSCAPES.names, 19, CITYSCAPES.output_names, {i: i for i in range(19)}, ""),
+        (None, 19, CITYSCAPES.output_names, {i: i for i in range(19)}, ""),
+        (None, 19, OWN, {}, "lacks the classes Traffic_Light, pond, road, ignore; they start anew"),
+    ],
+    ids=["ours", "without ignore", "same", "nameless", "nameless and others"],
+)
+@pytest.mark.parametrize("architecture", ["segformer_b0", "pvt_v2_b0"])
+def test_a_network_goes_on_with_other_classes(
+    architecture: str,
+    names: tuple[str, ...] | None,
+    outputs: int,
+    own: tuple[str, ...],
+    taken: dict[int, int],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Everything is taken over but the classifier's rows of classes that it didn't know."""
+    before, model = create_model(architecture, outputs), create_model(architecture, len(own))
+    before.class_names, model.class_names = names, own
+    save_model(before, tmp_path / "w.safetensors")
+    ours, theirs = ({k: v.clone() for k, v in m.state_dict().items()} for m in (model, before))
+    assert load_backbone(model, tmp_path / "w.safetensors") is True
+    assert says in capsys.readouterr().err if says else not capsys.readouterr().err
+    for key, value in model.state_dict().items():
+        if key.startswith(("linear_pred", "head.conv_seg")):
+            for row, found in enumerate(value):
+                assert torch.equal(found, theirs[key][taken[row]] if row in taken else ours[key][row])
+        else:
+            assert torch.equal(value, theirs[key])
 
 
 @pytest.mark.parametrize("end", ["pth", "pth.tar", "safetensors"])
