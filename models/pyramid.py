@@ -180,6 +180,15 @@ class PyramidTransformer(nn.Module):
         return tuple(features), tuple(embeddings)
 
 
+def round_weights(network: nn.Module) -> None:
+    """Keep the matrices of a frozen network's blocks in bfloat16: autocast would round them anew at every call."""
+    for block in network.modules():
+        if isinstance(block, OverlapPatchEmbed | Block):
+            for layer in block.modules():
+                if isinstance(layer, nn.Linear | nn.Conv2d):
+                    layer.to(torch.bfloat16)
+
+
 def init_weights(module: nn.Module) -> None:
     """The transformers' initialisation: Linear truncated normal 0.02, convolutions normal sqrt(2 / fan_out)."""
     if isinstance(module, nn.Linear):

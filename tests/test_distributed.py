@@ -129,6 +129,20 @@ def test_plain_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Ranks("cuda").device == torch.device("cuda")
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--device", "cuda:1"), "--device cuda:1 is one GPU for all processes"),
+        (("--compile", "--compile-mode", "reduce-overhead"), "--compile-mode reduce-overhead is for one process"),
+    ],
+)
+def test_flags_of_one_process(
+    flags: tuple[str, ...], says: str, command: Command, scenes: Path, tmp_path: Path
+) -> None:
+    done = torchrun(command, "train/student.py", "--datadir", scenes, *SMALL, "--output-dir", tmp_path / "run", *flags)
+    assert done.returncode != 0 and says in done.stderr and not (tmp_path / "run").exists()
+
+
 def test_parts_count_as_the_whole_batch() -> None:
     """Parts of unequal size and weight: what the losses average to is what the whole batch gives."""
     torch.manual_seed(0)

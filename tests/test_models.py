@@ -6,12 +6,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from cli import UserError
 from datasets.classes import CITYSCAPES
 from models import create_model
 from models.distillation import Distiller
+from models.distillation.csf import SelectiveKernelFusion
+from models.distillation.losses import hierarchical_context_loss
 from models.linear import Linear
+from models.pyramid import round_weights
 
 MODEL = create_model("segformer_b0").eval()
 
@@ -94,6 +98,50 @@ def test_mixed_precision_keeps_losses_in_float32() -> None:
     for name, loss in rounded.items():
         assert loss.dtype == torch.float32
         assert loss.item() == pytest.approx(exact[name].item(), rel=0.03), name
+
+
+@pytest.mark.parametrize("name", ["segformer_b1", "pvt_v2_b1"])
+def test_a_frozen_network_rounded_once(name: str) -> None:
+    """What autocast would round at every step is rounded already, and the numbers are the same."""
+    network, images = create_model(name).eval().requires_grad_(False), torch.rand(2, 3, 64, 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = network(images)
+        round_weights(network)
+        after = network(images)
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(before), tree_leaves(after), strict=True))
+    rounded = sum(p.numel() for p in network.parameters() if p.dtype == torch.bfloat16)
+    assert rounded > 0.9 * sum(p.numel() for key, p in network.named_parameters() if "block" in key)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 64), (16, 16), (6, 12), (5, 9), (2, 4), (4, 7)])
+def test_hierarchical_context_loss_as_it_is_written(height: int, width: int) -> None:
+    """Both maps pooled by torch, level after level; also where windows overlap, and the gradient."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 2, 8, height, width, dtype=torch.float64).unbind()
+    student.requires_grad_()
+    expected, weight, weights = F.mse_loss(student, teacher), 1.0, 1.0
+    for level in (4, 2, 1):
+        if level < height:
+            weight /= 2
+            weights += weight
+            pooled = (F.adaptive_avg_pool2d(x, level) for x in (student, teacher))
+            expected = expected + weight * F.mse_loss(*pooled)
+    found = hierarchical_context_loss([student], [teacher])
+    torch.testing.assert_close(found, expected / weights)
+    gradients = (torch.autograd.grad(loss, student)[0] for loss in (found, expected / weights))
+    torch.testing.assert_close(*gradients)
+
+
+def test_one_squeeze_for_all_processes() -> None:
+    """BatchNorm over all processes gathers from every one, also from one whose last batch is a single image."""
+    x = torch.rand(1, 64, 4, 8)
+    for convert, squeeze in ((False, "fc1"), (True, "fc")):
+        stage = SelectiveKernelFusion(32, 64)
+        if convert:
+            nn.SyncBatchNorm.convert_sync_batchnorm(stage)
+        stage.eval().fuse(x, x).sum().backward()
+        used = {name for name in ("fc", "fc1") if getattr(stage, name)[0].weight.grad is not None}
+        assert used == {squeeze}
 
 
 @pytest.mark.parametrize("shape", [(2, 1024, 48), (16, 80, 32), (1, 100, 32), (3, 17, 24), (2, 5, 160, 40)])

@@ -39,6 +39,8 @@ class Ranks:
             raise UserError("RANK and WORLD_SIZE in the environment are no numbers; torchrun sets them") from error
         if self.world_size > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
             raise UserError("WORLD_SIZE is set but not the rest of what torchrun sets; start by torchrun, or unset it")
+        if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            raise UserError(f"--device {device} is one GPU for all processes; leave it out, and each takes its own")
         gpus = device != "cpu" and torch.cuda.is_available()
         if self.world_size > 1 and device in ("auto", "cuda") and gpus:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -69,15 +71,17 @@ class Ranks:
             )
         return batch_size // parts
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module whose gradients are averaged over ranks."""
+    def wrap(self, module: nn.Module, *, some_idle: bool) -> nn.Module:
+        """The module whose gradients are averaged over ranks; `some_idle`: a step may leave parameters unused.
+
+        CSF has two squeezes and uses one of them, according to the batch.
+        """
         if self.world_size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         # Depthwise weights get channels_last gradients, which are copied into the buckets: a note about speed alone
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        # CSF has two squeezes and uses one of them, according to the batch
-        return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)
+        return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=some_idle)
 
     def averaging(self, module: nn.Module, now: bool) -> AbstractContextManager[None]:
         """Whether a backward pass within it averages gradients over ranks, or lets them add up in each."""

@@ -29,6 +29,7 @@ from eval.inference import evaluate
 from models import save_model
 from models.checkpoints import metadata_of, told_normalisation
 from models.distillation import Distiller
+from models.pyramid import round_weights
 from train.distributed import Ranks, until_another_ends
 from train.optimisation import AveragedWeights, Plan, Schedule, new_optimizer
 from train.options import DistillationOptions, TrainingOptions
@@ -75,7 +76,7 @@ def start(options: TrainingOptions) -> Setup:
     with ranks.together():
         ranks.share(options.batch_size, options.accumulate)
         options.find_weights()
-        prepare(ranks.device, options)
+        prepare(ranks, options)
         folder = RunFolder(options) if ranks.first else None
         torch.manual_seed(options.seed)
         common: dict[str, Any] = {"height": options.height, "cache": options.cache}
@@ -127,7 +128,8 @@ class Run:
         if isinstance(options, DistillationOptions) and options.logits_weight:
             distiller.distil_logits(options.logits_weight, options.logits_temperature)
         self._compare(plan)
-        if self.ranks.first and self.micro_batch == 1 < options.batch_size and distiller.fusion is not None:
+        alone = self.micro_batch == 1 < options.batch_size and not options.sync_batchnorm
+        if self.ranks.first and alone and distiller.fusion is not None:
             print(
                 "warning: one image at a time a process: CSF then takes its squeeze for single images, and "
                 "BatchNorm sees one image; a larger --batch-size comes closer to the recipe",
@@ -135,7 +137,7 @@ class Run:
             )
 
         distiller.to(self.device)
-        if options.sync_batchnorm:
+        if options.sync_batchnorm and self.ranks.world_size > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
         self.class_weights = distiller.class_weights.cpu()  # once: a step must not wait for the device
         self.optimizer = new_optimizer(distiller, options)
@@ -152,7 +154,8 @@ class Run:
         if options.compile:
             # an epoch's odd last batch is compiled too, instead of slowing all others
             distiller.compile(dynamic=False, mode=options.compile_mode)
-        self.learner = self.ranks.wrap(distiller)
+        more_than_a_student = len(list(distiller.parameters())) > len(list(distiller.student.parameters()))
+        self.learner = self.ranks.wrap(distiller, some_idle=more_than_a_student)
         self.interrupt = Interrupt()
         self.tracker = Tracker(options, self.ranks, self.total_steps, self.state.step, self.device)
 
@@ -197,6 +200,8 @@ class Run:
             tracker.say(f"{state.step} steps are done already; to train on, raise --num-epochs or --max-steps")
         if isinstance(options, DistillationOptions) and options.validate_teacher and self.distiller.teacher is not None:
             tracker.say(f"teacher: val mIoU {self.validate(self.distiller.teacher, 'teacher'):.2%}")
+        if options.precision == "bf16" and self.distiller.teacher is not None:
+            round_weights(self.distiller.teacher)
         self.saved = time.monotonic()
         try:
             while not self.done:
@@ -364,16 +369,25 @@ def shares(group: list[Batch], weights: torch.Tensor, ranks: Ranks) -> Iterable[
     return own / ranks.mean(own.mean(0)).clamp_min(torch.finfo(own.dtype).tiny)
 
 
-def prepare(device: torch.device, options: TrainingOptions) -> None:
+def prepare(ranks: Ranks, options: TrainingOptions) -> None:
     """Set torch up for speed, or for bits that repeat."""
-    if options.precision == "bf16" and device.type == "cpu":
+    cuda = ranks.device.type == "cuda"
+    if options.precision == "bf16" and not cuda and ranks.first:
         print("warning: on a CPU without AVX512-BF16 or AMX, bf16 is far slower than fp32", file=sys.stderr)
-    if options.sync_batchnorm and device.type != "cuda":
+    if options.sync_batchnorm and not cuda:
         raise UserError("--sync-batchnorm works on CUDA alone; leave it out")
-    torch.set_float32_matmul_precision("high" if options.tf32 and device.type == "cuda" else "highest")
+    if options.compile_mode != "default" and ranks.world_size > 1:
+        raise UserError(
+            f"--compile-mode {options.compile_mode} is for one process; with several take --compile without it"
+        )
+    torch.set_float32_matmul_precision("high" if options.tf32 and cuda else "highest")
     torch.backends.cudnn.allow_tf32 = options.tf32
     torch.backends.cudnn.benchmark = not options.deterministic
     torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
+    if options.deterministic and cuda:  # which leaves attention's fast kernels alone, and they add up in any order
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -44,7 +44,11 @@ def hierarchical_context_loss(student: Sequence[Tensor], teacher: Sequence[Tenso
                 continue
             weight /= 2
             weights += weight
-            loss = loss + weight * F.adaptive_avg_pool2d(difference, level).square().mean()
+            if any(side % level for side in difference.shape[2:]):
+                pooled = F.adaptive_avg_pool2d(difference, level)
+            else:  # torch takes means of channels_last maps faster; and of even windows the next level's are made
+                pooled = difference = difference.unflatten(2, (level, -1)).unflatten(4, (level, -1)).mean((3, 5))
+            loss = loss + weight * pooled.square().mean()
         total = total + loss / weights
     return total
 
