@@ -23,7 +23,7 @@ from rich.table import Table
 import cli
 from benchmarks.cases import CASES
 from benchmarks.gpu import gpu
-from benchmarks.measure import FULL, QUICK, Row, machine
+from benchmarks.measure import FULL, QUICK, Row, Sizes, machine
 from eval.options import claim_file
 
 ALL = CASES | {"gpu": gpu}
@@ -91,17 +91,23 @@ def main(options: Options) -> None:
     sizes = QUICK if options.quick else FULL
     facts = machine()
     rows: list[Row] = []
-    for name, case in ALL.items():
-        if options.only in (None, name):
-            print(f"{name} …", file=sys.stderr)
-            rows += case(sizes)
-    if options.quick:
-        rows = [replace(row, target=None) for row in rows]  # these are for full size
+    try:
+        for name, case in ALL.items():
+            if options.only in (None, name):
+                print(f"{name} …", file=sys.stderr)
+                for row in case(sizes):
+                    rows.append(replace(row, target=None) if options.quick else row)  # targets are for full size
+    finally:  # a case that fails, or is interrupted, takes no other's figures with it
+        show(rows, facts, sizes, options.json)
+
+
+def show(rows: Sequence[Row], facts: dict[str, Any], sizes: Sizes, file: Path | None) -> None:
+    """Print the table, and write the file if there is to be one."""
     width = None if sys.stdout.isatty() else 180
     Console(width=width).print(table(rows, facts))
-    if options.json:
+    if file is not None:
         content = {"machine": facts, "sizes": vars(sizes), "rows": [row.as_json() for row in rows]}
-        with cli.writing(options.json) as aside:
+        with cli.writing(file) as aside:
             aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -1,6 +1,7 @@
 """Both sides of every benchmark compute the same numbers, and the table comes out."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import torch
 from torch import nn
 
 from benchmarks import published
-from benchmarks.__main__ import cells
+from benchmarks.__main__ import Options, cells, main
 from benchmarks.cases import Step, drawn_scenes, label_maps, prediction
-from benchmarks.gpu import Setup, gpu
-from benchmarks.measure import QUICK, Row, in_turn
+from benchmarks.gpu import Setup, gpu, repeated, seconds, step_cost
+from benchmarks.measure import QUICK, Row, Sizes, in_turn
 from datasets.classes import CITYSCAPES
 from eval.metrics import ConfusionMatrix
 from eval.rendering import colorize
@@ -131,12 +132,72 @@ def test_both_sides_take_turns() -> None:
     assert [len(seconds) for seconds in times] == [2, 2]
 
 
+ON_THE_CPU = Setup(
+    "cpu", bf16=False, compile_modes=(), batches=(2,), warmup=0, repeats=1, workers=0, images=3, loaded_steps=1
+)
+
+
 def test_the_gpu_case_on_the_cpu() -> None:
-    setup = Setup("cpu", bf16=False, compile_modes=(), batches=(2,), warmup=0, repeats=1, workers=0, images=4)
-    step, _, loaded, *evaluation = gpu(QUICK, setup)
-    assert step.ratio and cells(step)[-1].endswith("images/s")
+    fp32, _, tf32, _, loaded, *peers = gpu(QUICK, ON_THE_CPU)
+    assert fp32.ratio and tf32.ratio and cells(fp32)[-1].endswith("images/s")
+    assert (fp32.other, fp32.target, tf32.other, tf32.target) == ("published way, fp32", 6, "published way, TF32", None)
     assert "1000 epochs of Cityscapes" in loaded.note and loaded.ours[0] > 0
-    assert [row.items for row in evaluation] == [1, 16] and all(row.ratio for row in evaluation)
+    assert [row.items for row in peers] == [1, 16] and all(row.ratio for row in peers)
+
+
+def test_a_gpu_computes_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN searches on both sides, and TF32 is taken where the row says so."""
+
+    def settings() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+
+    before = settings()
+    monkeypatch.setattr("benchmarks.gpu.Step", lambda *_: lambda: seen.append(settings()))
+    for tf32, precision in ((True, "high"), (False, "highest")):
+        seen: list[tuple[str, bool]] = []
+        step_cost(True, QUICK, ON_THE_CPU, tf32=tf32)
+        assert seen == [(precision, True)]
+    assert settings() == before
+
+
+def test_a_gpu_is_not_waited_for_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.time = 0
+
+        def record(self) -> None:
+            log.append("mark")
+            self.time = len(log)
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1000.0 * (end.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    assert seconds(lambda: log.append("step"), Setup(warmup=1, repeats=2)) == (2.0, 2.0)
+    assert log == ["step", "wait", "mark", "step", "mark", "step", "mark", "wait"]
+
+
+def test_images_are_read_over_and_over(tmp_path: Path) -> None:
+    """More batches than workers read ahead, all of one size: another would be compiled, and no rate be told."""
+    batches = repeated(tmp_path, QUICK, ON_THE_CPU, 5)
+    assert [len(batch.images) for batch in batches] == [2] * 5
+
+
+def test_a_case_that_fails_takes_no_other_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(sizes: Sizes) -> Iterator[Row]:
+        yield Row("measured", "y", "time", (1.0,), (7.0,))
+        raise RuntimeError
+
+    monkeypatch.setattr("benchmarks.__main__.ALL", {"gpu": fails})
+    with pytest.raises(RuntimeError):
+        main(Options(quick=True, json=tmp_path / "bench.json"))
+    assert "measured" in capsys.readouterr().out
+    assert [row["ratio"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == [7]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
