@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -74,8 +75,8 @@ class Batches:
     def _results(self, start: int) -> Iterator[list[Batch] | UserError]:
         loader = DataLoader(
             _Reader(self.dataset, self.pad),
-            batch_sampler=self.keys[start:],
-            collate_fn=_unchanged,
+            sampler=self.keys[start:],
+            batch_size=None,  # what is read is a batch already
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             worker_init_fn=_leave_interrupts_to_the_main_process,
@@ -152,23 +153,14 @@ class _Reader(Dataset):
         self.dataset = dataset
         self.pad = pad
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Batch] | UserError:
+    def __getitem__(self, keys: Sequence[Key]) -> list[Batch] | UserError:
         try:
             items = [self.dataset[key] for key in keys]
         except UserError as error:
             return error
         if self.pad:
             return [_stack(_padded(items, self.dataset.classes.ignore))]
-        batches: list[list[Item]] = []
-        for item in items:
-            if batches and batches[-1][-1].image.shape == item.image.shape:
-                batches[-1].append(item)
-            else:
-                batches.append([item])
-        return [_stack(batch) for batch in batches]
-
-    def __getitem__(self, key: Key) -> list[Batch] | UserError:
-        return self.__getitems__([key])
+        return [_stack(list(batch)) for _, batch in groupby(items, key=lambda item: item.image.shape)]
 
 
 def _padded(items: list[Item], ignore: int) -> list[Item]:
@@ -196,7 +188,3 @@ def _worker_died(error: Exception) -> bool:
 
 def _leave_interrupts_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _unchanged(batch: list[Batch] | UserError) -> list[Batch] | UserError:
-    return batch

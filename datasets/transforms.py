@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -58,22 +59,14 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(torch.float32).div_(255)
 
 
-def flip(x: Tensor) -> Tensor:
-    """Mirror (…, H, W) left to right."""
-    return x.flip(-1)
-
-
 def shift(x: Tensor, tx: int, ty: int, fill: int) -> Tensor:
     """Move the content of (…, H, W) right by `tx` and down by `ty` (negative: left, up); same size.
 
     The strips that open are set to `fill`.
     """
     height, width = x.shape[-2:]
-    rows, columns = max(height - abs(ty), 0), max(width - abs(tx), 0)
-    y_to, x_to, y_from, x_from = max(ty, 0), max(tx, 0), max(-ty, 0), max(-tx, 0)
-    out = torch.full_like(x, fill)
-    out[..., y_to : y_to + rows, x_to : x_to + columns] = x[..., y_from : y_from + rows, x_from : x_from + columns]
-    return out
+    tx, ty = max(-width, min(tx, width)), max(-height, min(ty, height))  # no more can be cut off
+    return F.pad(x, (tx, -tx, ty, -ty), value=fill)
 
 
 def change_colours(image: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
@@ -208,7 +201,7 @@ class Augmentation:
             height, width = self.crop or image.shape[-2:]
             image, label = zoom(image, label, scale, (height, width), place, ignore)
         if mirrored:
-            image, label = flip(image), flip(label)
+            image, label = image.flip(-1), label.flip(-1)
         if tx == 0 and ty == 0:
             return image, label
         step = 1 if self.published_shift else 4

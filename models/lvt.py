@@ -5,7 +5,6 @@ convolutional self-attention (CSA), stages 2–4 by recursive atrous self-attent
 the published checkpoints. Shapes as in `models.pyramid`.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,23 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.linear import Linear
-from models.pyramid import OverlapPatchEmbed, init_weights, patch_embeddings, to_map, to_tokens
+from models.pyramid import OverlapPatchEmbed, PyramidConfig, init_weights, patch_embeddings, to_map, to_tokens
 from models.segformer import AllMLPHead
 
-
-@dataclass(frozen=True)
-class LVTConfig:
-    """One entry per stage."""
-
-    channels: tuple[int, int, int, int] = (64, 64, 160, 256)
-    depths: tuple[int, int, int, int] = (2, 2, 2, 2)
-    heads: tuple[int, int, int, int] = (2, 2, 5, 8)
-    mlp_ratios: tuple[int, int, int, int] = (4, 8, 4, 4)
-    sr_ratios: tuple[int, int, int, int] = (1, 4, 2, 1)  # stage 1 has no reduction: it attends within windows
-    head_width: int = 256
-
-
-CONFIGS = {"lvt": LVTConfig()}
+HEAD_WIDTH = 256
+# Stage 1 has no reduction: it attends within windows.
+CONFIGS = {
+    "lvt": PyramidConfig(
+        (64, 64, 160, 256), (2, 2, 2, 2), mlp_ratios=(4, 8, 4, 4), heads=(2, 2, 5, 8), sr_ratios=(1, 4, 2, 1)
+    )
+}
 
 
 class ConvolutionalSelfAttention(nn.Module):
@@ -203,7 +195,7 @@ class LVT(AllMLPHead):
                     mlp = ConvMlp(channels, channels * mlp_ratio)
                 blocks.append(Block(channels, attention, mlp))
             self.backbone.append(Stage(embed, blocks))
-        self.add_head(config.channels, config.head_width, num_classes, dropout)
+        self.add_head(config.channels, HEAD_WIDTH, num_classes, dropout)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_weights(module)

@@ -10,20 +10,13 @@ from PIL import Image
 
 import cli
 from datasets.classes import CITYSCAPES
-from datasets.synthetic import (
-    IGNORE,
-    POLE,
-    ROAD,
-    SKY,
-    WEATHERS,
-    Canvas,
-    Options,
-    Pixels,
-    Street,
-    draw_scene,
-    main,
-    write_dataset,
-)
+from datasets.synthetic import Options, main, write_dataset
+from datasets.synthetic.canvas import Canvas
+from datasets.synthetic.palette import IGNORE, POLE, ROAD, SKY
+from datasets.synthetic.scene import draw_scene
+from datasets.synthetic.shading import Pixels
+from datasets.synthetic.street import Street
+from datasets.synthetic.weather import WEATHERS
 
 COUNTS = {"train": 3, "val": 2, "height": 32, "width": 64}
 

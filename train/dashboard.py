@@ -23,8 +23,7 @@ class Expendable:
 
     def __init__(self, trouble: str, make: Callable[[], Any]) -> None:
         self._trouble = trouble
-        self._target: Any = None
-        self._target = self._attempt(make)
+        self._target: Any = self._attempt(make)
 
     def __getattr__(self, method: str) -> Callable[..., None]:
         def call(*arguments: Any, **named: Any) -> None:

@@ -11,28 +11,9 @@ labels are every other pixel. Colours are drawn anew for every object and shared
 shape, place and texture tell classes apart and colour alone does not.
 """
 
-from datasets.synthetic.canvas import Canvas
-from datasets.synthetic.palette import IGNORE, POLE, ROAD, SKY
-from datasets.synthetic.scene import draw_scene
-from datasets.synthetic.shading import Pixels
-from datasets.synthetic.street import Street
-from datasets.synthetic.weather import WEATHERS
 from datasets.synthetic.writing import Options, draw_dataset, write_dataset
 
-__all__ = [
-    "IGNORE",
-    "POLE",
-    "ROAD",
-    "SKY",
-    "WEATHERS",
-    "Canvas",
-    "Options",
-    "Pixels",
-    "Street",
-    "draw_scene",
-    "main",
-    "write_dataset",
-]
+__all__ = ["Options", "main", "write_dataset"]
 
 
 def main(options: Options) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from datasets.synthetic.dice import Dice
-from datasets.synthetic.palette import BLACK, SKY, Colour, rgb
+from datasets.synthetic.palette import BLACK, SKY, VEGETATION, Colour, rgb
 from datasets.synthetic.weather import SKIES
 
 NEAR, FAR = 0.7, 130.0  # metres
@@ -17,7 +17,8 @@ LEFT, RIGHT = SIDES = (-1, 1)
 CAST, CONTACT = 140, 255  # how dark the sun's shadows are, and those under and close around things
 
 Point = tuple[float, float, float]  # x to the right of the road's middle, y up from the ground, z ahead; metres
-Outline = list[tuple[float, float]]
+Flat = tuple[float, float]
+Outline = list[Flat]
 
 # Patterns, and what their four parameters are; from BARS on, what is behind shows through.
 PLAIN = 0
@@ -26,8 +27,6 @@ BLOCKS = 2  # length and height of a block, share of the joints
 BARS = 3  # distance between bars, height of the whole, share of the bars
 LEAVES = 4
 SPOKES = 5  # centre of the wheel (u, v), radius, share of it inside the tyre
-Params = tuple[float, float, float, float]
-NO_PARAMS = (0.0, 0.0, 0.0, 0.0)
 
 
 class Face(NamedTuple):
@@ -35,19 +34,19 @@ class Face(NamedTuple):
 
     normal: Point  # of length 1, away from the camera
     distance: float  # from the camera to the plane
-    colour: Colour
-    second: Colour  # of panes and joints
-    params: Params  # of the pattern
     sun: float  # how much of its light arrives
     open: float  # how much of the sky's light arrives
+    colour: Colour
     label: int
-    pattern: int
-    rough: float  # strength of the texture
-    grain: float  # fineness of the texture
-    glow: float  # light of its own
+    pattern: int = PLAIN
+    params: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # of the pattern
+    second: Colour = BLACK  # of panes and joints
+    rough: float = 0.06  # strength of the texture
+    grain: float = 12.0  # fineness of the texture
+    glow: float = 0.0  # light of its own
 
 
-EMPTY = Face((0, 0, 1), 1000, (0, 0, 0), (0, 0, 0), NO_PARAMS, 0, 0, SKY, PLAIN, 0, 1, 0)
+EMPTY = Face((0, 0, 1), 1000, 0, 0, (0, 0, 0), SKY)
 
 
 def plane(a: Point, b: Point, c: Point) -> tuple[Point, float]:
@@ -135,20 +134,9 @@ class Canvas(Dice):
     # Painting.
 
     def face(
-        self,
-        points: Sequence[Point],
-        colour: Colour,
-        label: int,
-        *,
-        pattern: int = PLAIN,
-        params: Params = NO_PARAMS,
-        second: Colour = BLACK,
-        rough: float = 0.06,
-        grain: float = 12.0,
-        glow: float = 0.0,
-        inside: Point | None = None,
+        self, points: Sequence[Point], colour: Colour, label: int, *, inside: Point | None = None, **kind: Any
     ) -> bool:
-        """Paint a flat polygon over what is there; the keywords are explained in `Face`.
+        """Paint a flat polygon over what is there; `kind` are fields of `Face`.
 
         `inside` is a point behind the surface: where the camera is on that side too, nothing is painted
         and the answer is False.
@@ -164,11 +152,9 @@ class Canvas(Dice):
             sun_x, sun_y, sun_z = self.sun
             sun = self.sunny * max(0.0, -nx * sun_x - ny * sun_y - nz * sun_z)
             sky = 0.78 + 0.22 * max(0.0, ny)
-            number = len(self.faces)
-            self.faces.append(
-                Face(normal, distance, colour, second, params, sun, sky, label, pattern, rough, grain, glow)
-            )
-            if pattern >= BARS:
+            number, face = len(self.faces), Face(normal, distance, sun, sky, colour, label, **kind)
+            self.faces.append(face)
+            if face.pattern >= BARS:
                 self.draw_veils.polygon(flat, fill=number)
             else:
                 self.draw_ids.polygon(flat, fill=number)
@@ -187,43 +173,23 @@ class Canvas(Dice):
         """An upright rectangle along the road."""
         self.face([(x, y0, z0), (x, y0, z1), (x, y1, z1), (x, y1, z0)], colour, label, **kind)
 
-    def rod(
-        self,
-        x0: float,
-        y0: float,
-        x1: float,
-        y1: float,
-        z: float,
-        thick: float,
-        colour: Colour,
-        label: int,
-        **kind: Any,
-    ) -> None:
+    def rod(self, start: Flat, end: Flat, z: float, thick: float, colour: Colour, label: int, **kind: Any) -> None:
         """A straight rod, as a rectangle that faces the camera."""
+        (x0, y0), (x1, y1) = start, end
         k = thick / 2 / (math.hypot(x1 - x0, y1 - y0) or 1.0)
         dx, dy = (y0 - y1) * k, (x1 - x0) * k
-        ends = [(x0 + dx, y0 + dy, z), (x1 + dx, y1 + dy, z), (x1 - dx, y1 - dy, z), (x0 - dx, y0 - dy, z)]
-        self.face(ends, colour, label, **kind)
+        corners = [(x0 + dx, y0 + dy, z), (x1 + dx, y1 + dy, z), (x1 - dx, y1 - dy, z), (x0 - dx, y0 - dy, z)]
+        self.face(corners, colour, label, **kind)
 
     def disc(
-        self,
-        x: float,
-        y: float,
-        z: float,
-        rx: float,
-        ry: float,
-        corners: int,
-        colour: Colour,
-        label: int,
-        *,
-        ragged: float = 0.0,
-        turn: float = 0.0,
-        **kind: Any,
+        self, middle: Point, radii: Flat, corners: int, colour: Colour, label: int, turn: float = 0.0, **kind: Any
     ) -> None:
-        """A polygon with its corners on an ellipse, or if `ragged` about it, that faces the camera."""
-        radii = (1 + ragged * (self.rng.random(corners) - 0.6)).tolist() if ragged else [1.0] * corners
+        """A polygon with its corners on an ellipse, those of plants about it, that faces the camera."""
+        (x, y, z), (rx, ry) = middle, radii
+        ragged = label == VEGETATION
+        factors = (1 + 0.36 * (self.rng.random(corners) - 0.6)).tolist() if ragged else [1.0] * corners
         angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
-        ring = [(x + rx * r * math.cos(t), y + ry * r * math.sin(t), z) for r, t in zip(radii, angles, strict=True)]
+        ring = [(x + rx * r * math.cos(t), y + ry * r * math.sin(t), z) for r, t in zip(factors, angles, strict=True)]
         self.face(ring, colour, label, **kind)
 
     def strip(self, x0: float, x1: float, z0: float, z1: float, colour: Colour, label: int, **kind: Any) -> None:

@@ -67,17 +67,13 @@ class Pixels:
         column = (u + self.shift_u).astype(np.int32) & 255
         return noise_tile().take((row << 8) | column)
 
-    def params(self, face: np.ndarray) -> list[np.ndarray]:
-        """The four parameters of the faces' patterns."""
-        return [param.take(face) for param in self.faces["params"].T]
-
     # Patterns.
 
     def see_through(self, veils: np.ndarray) -> None:
         """Bars, leaves and spokes cover a part of their face; the label is theirs on all of it."""
         y, x = np.nonzero(veils)
         face = veils[y, x]
-        p0, p1, p2, p3 = self.params(face)
+        p0, p1, p2, p3 = self.faces["params"].take(face, axis=0).T
         size0, size1, size2 = (np.maximum(p, 0.01) for p in (p0, p1, p2))  # of another pattern they may be 0
         _, u, v = self.surface(self.rx[0, x], self.ry[y, 0], face)
         bars = (np.mod(u / size0, 1) < p2) | (np.abs(v / size1 - 0.5) > 0.42)
@@ -96,7 +92,7 @@ class Pixels:
         """Panes in frames, no two of quite the same colour, at night some of them lit."""
         y, x = np.nonzero(self.pattern == FACADE)
         face = self.ids[y, x]
-        bay, storey, wide, high = self.params(face)
+        bay, storey, wide, high = self.faces["params"].take(face, axis=0).T
         column, row = self.u[y, x] / bay, self.v[y, x] / storey
         dice = self.dice(column, row, face)
         beside, above = np.abs(np.mod(column, 1) - 0.5) - wide / 2, np.abs(np.mod(row, 1) - 0.52) - high / 2
@@ -112,7 +108,7 @@ class Pixels:
         """Stones and slabs, no two of quite the same colour, with joints where they are near enough to see."""
         y, x = np.nonzero(self.pattern == BLOCKS)
         face = self.ids[y, x]
-        long, high, joint, _ = self.params(face)
+        long, high, joint, _ = self.faces["params"].take(face, axis=0).T
         row = self.v[y, x] / high
         column = self.u[y, x] / long + 0.5 * np.mod(np.floor(row), 2)
         gap = ((np.mod(row, 1) < 2 * joint) | (np.mod(column, 1) < joint)) & (self.z[y, x] < 40)

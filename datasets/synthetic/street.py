@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -34,30 +34,13 @@ from datasets.synthetic.things import bush, clutter, cycle, lamp_post, person, t
 from datasets.synthetic.vehicles import car, coach, truck
 
 
-class Thing(NamedTuple):
-    depth: float
-    draw: Callable[[], None]
-
-
-class Plot(NamedTuple):
-    """A piece of ground."""
-
-    left: float
-    right: float
-    near: float
-    far: float
-
-    def overlaps(self, other: "Plot") -> bool:
-        return self.left < other.right and other.left < self.right and self.near < other.far and other.near < self.far
-
-
 class Street:
     """Lays out one scene: the ground is painted at once, the rest becomes a list of things ordered by depth."""
 
     def __init__(self, c: Canvas):
         self.c = c
-        self.things: list[Thing] = []
-        self.taken: list[Plot] = []
+        self.things: list[tuple[float, Callable[[], None]]] = []  # depth, and what draws it
+        self.taken: list[tuple[float, float, float, float]] = []  # pieces of ground: left, right, near, far
         self.urban, self.busy = c.uniform(0, 1) ** 0.7, c.uniform(0.3, 1.0)
         self.lanes, green, self.lane = c.pick((1, 1, 1, 2)), 1 - self.urban, c.uniform(2.9, 3.7)  # lanes each way
         # Left and right, how far from the middle of the road its lanes end, the strip for parking, the green verge,
@@ -83,18 +66,18 @@ class Street:
         self.kerbside()
         self.cycles()
         self.people()
-        for thing in sorted(self.things, key=lambda thing: -thing.depth):
-            thing.draw()
+        for _, draw in sorted(self.things, key=lambda thing: -thing[0]):
+            draw()
 
     def add(self, depth: float, draw: Callable[..., None], *args: Any) -> None:
-        self.things.append(Thing(depth, partial(draw, self.c, *args)))
+        self.things.append((depth, partial(draw, self.c, *args)))
 
     def free(self, x: float, z: float, half: float, deep: float) -> bool:
         """Claim a piece of ground, unless something stands there."""
-        here = Plot(x - half, x + half, z - deep, z + deep)
-        if any(here.overlaps(there) for there in self.taken):
+        left, right, near, far = x - half, x + half, z - deep, z + deep
+        if any(left < x1 and x0 < right and near < z1 and z0 < far for x0, x1, z0, z1 in self.taken):
             return False
-        self.taken.append(here)
+        self.taken.append((left, right, near, far))
         return True
 
     def spots(self, first: float, last: float, low: float, high: float) -> list[float]:
@@ -160,7 +143,7 @@ class Street:
             if what == VEGETATION:
                 for i in range(int(wide / 4)):
                     tall = c.uniform(4, 9)
-                    c.disc(x + 4 * i, 3, FAR - 1, 5, tall, 10, c.tone(LEAF), VEGETATION, ragged=0.36, rough=0.4)
+                    c.disc((x + 4 * i, 3, FAR - 1), (5, tall), 10, c.tone(LEAF), VEGETATION, rough=0.4)
             elif what == BUILDING:
                 c.upright(x, x + wide, 0, c.uniform(5, 22), FAR, colour, BUILDING, **windows)
             else:

@@ -3,34 +3,26 @@
 import itertools
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from datasets.synthetic.canvas import SIDES, Canvas, Outline, Point
 from datasets.synthetic.palette import AMBER, BLACK, CAR, GLASS, LAMP, RED, STEEL, TRAIN, TRUCK, TYRE, WHITE, Colour
 
-
-class CarShape(NamedTuple):
-    outline: Outline  # of a side, from tail to nose, as fractions of length and height
-    cabin: slice  # the points that are the cabin's
-    rear_window: int  # the edge that follows this point
-    windscreen: int = 5
-
-
-CAR_SHAPES = {
-    "saloon": CarShape(
+# The outline of a car's side, from tail to nose, as fractions of length and height; and the point where the cabin
+# begins, with the rear window. It ends at point 6, with the windscreen.
+CARS: dict[str, tuple[Outline, int]] = {
+    "saloon": (
         [(-0.5, 0.16), (-0.5, 0.6), (-0.47, 0.68), (-0.36, 0.7), (-0.23, 0.98), (0.07, 1), (0.23, 0.69), (0.45, 0.6),
-         (0.5, 0.48), (0.5, 0.16)],
-        cabin=slice(3, 7), rear_window=3,
+         (0.5, 0.48), (0.5, 0.16)], 3
     ),
-    "hatchback": CarShape(
+    "hatchback": (
         [(-0.5, 0.16), (-0.5, 0.5), (-0.48, 0.66), (-0.4, 0.95), (-0.3, 1), (0.06, 1), (0.23, 0.68), (0.45, 0.6),
-         (0.5, 0.46), (0.5, 0.16)],
-        cabin=slice(2, 7), rear_window=2,
+         (0.5, 0.46), (0.5, 0.16)], 2
     ),
-    "van": CarShape(
+    "van": (
         [(-0.5, 0.14), (-0.5, 0.4), (-0.5, 0.62), (-0.48, 0.98), (-0.46, 1), (0.24, 1), (0.4, 0.62), (0.47, 0.52),
-         (0.5, 0.42), (0.5, 0.14)],
-        cabin=slice(2, 7), rear_window=2,
+         (0.5, 0.42), (0.5, 0.14)], 2
     ),
 }  # fmt: skip
 
@@ -39,29 +31,25 @@ def mean(outline: Outline) -> tuple[float, float]:
     return sum(along for along, _ in outline) / len(outline), sum(up for _, up in outline) / len(outline)
 
 
+@dataclass
 class Vehicle:
     """Paints in a vehicle's own metres: along (forward), across (to its right) and up. Outlines are (along, up)."""
 
-    def __init__(
-        self,
-        c: Canvas,
-        x: float,
-        z: float,
-        heading: float,
-        label: int,
-        *,
-        length: float,
-        width: float,
-        tall: float,
-        belt: float = math.inf,
-    ):
-        self.c, self.x, self.z, self.label = c, x, z, label
-        self.sin, self.cos = math.sin(heading), math.cos(heading)  # heading 0 drives away from the camera
-        self.length, self.tall, self.half = length, tall, width / 2
-        self.belt = belt  # above this it is narrower
-        c.stand(x, z)
+    c: Canvas
+    x: float
+    z: float
+    heading: float  # 0 drives away from the camera
+    label: int
+    length: float
+    width: float
+    tall: float
+    belt: float = math.inf  # above this it is narrower
+
+    def __post_init__(self) -> None:
+        self.sin, self.cos, self.half = math.sin(self.heading), math.cos(self.heading), self.width / 2
+        self.c.stand(self.x, self.z)
         corners = ((-0.5, -0.5), (-0.5, 0.5), (0.5, 0.5), (0.5, -0.5))
-        c.shadow([self.at(a * length, b * width, 0) for a, b in corners], tall * 0.8, 0.25)
+        self.c.shadow([self.at(a * self.length, b * self.width, 0) for a, b in corners], self.tall * 0.8, 0.25)
 
     def at(self, along: float, across: float, up: float) -> Point:
         return (self.x + along * self.sin + across * self.cos, up, self.z + along * self.cos - across * self.sin)
@@ -69,13 +57,11 @@ class Vehicle:
     def half_width(self, up: float) -> float:
         return self.half * (0.84 if up > self.belt else 1.0)
 
-    def sides(
-        self, outline: Outline, colour: Colour, out: float = 0.0, *, rough: float = 0.06, glow: float = 0.0
-    ) -> None:
+    def sides(self, outline: Outline, colour: Colour, out: float = 0.0, **kind: Any) -> None:
         """The same polygon on both flanks, `out` metres off them."""
         for side in SIDES:
             points = [self.at(along, side * (self.half_width(up) + out), up) for along, up in outline]
-            self.c.face(points, colour, self.label, inside=self.at(0, 0, self.tall / 2), rough=rough, glow=glow)
+            self.c.face(points, colour, self.label, inside=self.at(0, 0, self.tall / 2), **kind)
 
     def hull(self, outline: Outline, paint: Colour, special: dict[int, Colour]) -> None:
         """What lies between the flanks, far parts first; `special` has edges of another colour."""
@@ -116,19 +102,20 @@ class Vehicle:
 
 def car(c: Canvas, x: float, z: float, heading: float, lit: bool) -> None:
     name, paint = c.pick(("saloon", "hatchback", "hatchback", "van")), c.paint()
-    shape, tall = CAR_SHAPES[name], c.uniform(1.38, 1.62) + 0.35 * (name == "van")
+    shape, rear = CARS[name]
+    tall = c.uniform(1.38, 1.62) + 0.35 * (name == "van")
     length, width = c.uniform(3.7, 4.9), c.uniform(1.68, 1.9)
     v = Vehicle(c, x, z, heading, CAR, length=length, width=width, tall=tall, belt=0.74 * tall)
-    outline = [(a * length, y * tall) for a, y in shape.outline]
-    cabin = outline[shape.cabin]
-    v.hull(outline, paint, {shape.rear_window: GLASS, shape.windscreen: GLASS})
+    outline = [(a * length, y * tall) for a, y in shape]
+    cabin = outline[rear:7]
+    v.hull(outline, paint, {rear: GLASS, 5: GLASS})
     v.sides(cabin, paint)
     v.sides([(a, min(y, 0.7 * tall)) for a, y in outline], paint, rough=0.03)
     ma, my = mean(cabin)
     v.sides([(ma + (a - ma) * 0.86, my + (y - my) * 0.72) for a, y in cabin], GLASS, 0.01)
     if c.pixels_tall(tall, z) > 14:
-        rear, front, low, high = ma - 0.04, ma + 0.06, my - 0.2, tall * 0.96
-        v.sides([(rear, low), (front, low), (front, high), (rear, high)], paint, 0.02)  # between the doors
+        back, front, low, high = ma - 0.04, ma + 0.06, my - 0.2, tall * 0.96
+        v.sides([(back, low), (front, low), (front, high), (back, high)], paint, 0.02)  # between the doors
         v.fittings(0.42 * tall, lit, (-0.31 * length, 0.31 * length), c.uniform(0.29, 0.35))
 
 
@@ -162,13 +149,9 @@ def truck(c: Canvas, x: float, z: float, heading: float) -> None:
     window = [(h - 1.5, top * 0.6), (h - 1.5, top * 0.92), (h - 0.6, top * 0.92), (h - 0.3, top * 0.6)]
     chassis = [(-h, 0.4), (-h, 0.9), (h - 0.1, 0.9), (h - 0.1, 0.4)]
     box = [(-h, 0.85), (-h, tall), (h - 2.1, tall), (h - 2.1, 0.85)]
-    parts: list[tuple[Outline, Colour, dict[int, Colour]]] = [
-        (cab, paint, {2: GLASS}),
-        (chassis, TYRE, {}),
-        (box, load, {}),
-    ]
-    for outline, colour, special in parts if v.cos > 0 else reversed(parts):  # far parts first
-        v.body(outline, colour, special)
+    parts = [(cab, paint), (chassis, TYRE), (box, load)]
+    for outline, colour in parts if v.cos > 0 else reversed(parts):  # far parts first
+        v.body(outline, colour, {2: GLASS} if outline is cab else {})
         if outline is cab:
             v.sides(window, GLASS, 0.01)
     if c.chance(0.5):  # lettering

@@ -55,9 +55,6 @@ class Scene(NamedTuple):
     weather: str
     seed: tuple[int, ...]
 
-    def exists(self) -> bool:
-        return self.image.exists() and self.label.exists()
-
 
 def scenes(options: Options) -> list[Scene]:
     """The scenes of the data set, whether drawn already or not."""
@@ -82,9 +79,8 @@ def scenes(options: Options) -> list[Scene]:
 def draw_files(scene: Scene, height: int, width: int, label_ids: bool) -> None:
     image, labels = draw_scene(np.random.default_rng(scene.seed), height, width, scene.weather)
     if label_ids:
-        table = np.zeros(256, np.uint8)
-        table[: CITYSCAPES.num_classes] = CITYSCAPES.label_ids[: CITYSCAPES.num_classes]
-        labels = table[labels]
+        # 255 is beyond the end, where the label id for ignore stands
+        labels = np.take(np.array(CITYSCAPES.label_ids, np.uint8), labels, mode="clip")
     for path, pixels in ((scene.label, labels), (scene.image, image)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with cli.writing(path) as aside:
@@ -104,7 +100,7 @@ def draw_dataset(options: Options, progress: bool) -> Path:
     check(options)
     claim(options)
     wanted = scenes(options)
-    todo = [scene for scene in wanted if not scene.exists()]
+    todo = [scene for scene in wanted if not (scene.image.exists() and scene.label.exists())]
     start = time.perf_counter()
     for i, _ in enumerate(draw_all(todo, options), 1):
         if progress and (i == len(todo) or (i % 10 == 0 and sys.stderr.isatty())):
