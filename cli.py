@@ -1,19 +1,20 @@
 """What every command shares: typed flags, one clear line for a user's mistake, the device, whole files."""
 
 import ctypes
+import errno
 import io
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import tyro
 
 T = TypeVar("T")
+MANY = 1000  # processes; as many and more are a mistake that could bring a machine down
 
 
 class UserError(Exception):
@@ -24,28 +25,50 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
     """Parse the command line into `options`, call `main`, and turn mistakes into exit codes.
 
     The module's docstring is the manual that `--help` shows. A `UserError` ends in one line on stderr and exit
-    code 2, an interrupt in exit code 130, a reader of our output that has left in 141. Anything else is a bug of ours
-    and keeps its traceback.
+    code 2, and so do a path that the system refuses, a number that is too large and too little memory; an interrupt
+    ends in exit code 130, a reader of our output that has left in 141. Anything else is a bug of ours and keeps its
+    traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what a terminal can't show
     try:
         main(parse(options, sys.argv[1:], sys.modules[main.__module__].__doc__))
         sys.stdout.flush()
     except UserError as error:
-        rank = os.environ.get("RANK")  # torchrun's
-        print(f"error: {error}" if rank is None else f"error: [rank {rank}] {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
     except (MemoryError, RuntimeError) as error:
         # torch has an exception of its own for a GPU's memory, and none for the host's
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        print("error: out of memory; lower --batch-size or --height, or split batches by --accumulate", file=sys.stderr)
-        sys.exit(2)
+        _refuse("out of memory; lower --batch-size or --height, or split batches by --accumulate")
+    except OverflowError as error:
+        _refuse(f"a number is too large ({error}); give a smaller one")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `… | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush would complain
+        _forget_output()
         sys.exit(141)
+    except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None:  # our output's
+            _forget_output()
+            _refuse("can't write the output (no space left); make room, or send it elsewhere")
+        if error.filename is None:
+            raise
+        _refuse(f"can't use {error.filename} ({error.strerror}); check the path and its permissions")
+
+
+def _forget_output() -> None:
+    """Else the interpreter's last flush would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refuse(problem: str) -> NoReturn:
+    """Say it in one line, and end."""
+    rank = os.environ.get("RANK")  # torchrun's
+    where = "" if rank is None else f"[rank {rank}] "
+    print(f"error: {where}{' '.join(problem.splitlines())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def parse(options: type[T], arguments: Sequence[str], manual: str | None = None) -> T:
@@ -68,9 +91,11 @@ def parse(options: type[T], arguments: Sequence[str], manual: str | None = None)
             sys.stdout.flush()
             raise  # --help
         title, *text = (line.strip("╭─╮│╰╯ ") for line in box.getvalue().splitlines())
-        told = " ".join(line for line in itertools.takewhile(lambda line: "full helptext" not in line, text) if line)
-        told = told.removeprefix(f"{title}: ")
-        raise UserError(f"{title.lower()}: {told} (--help shows all flags)") from None
+        parts = " ".join(line or "\n" for line in text).split("\n")  # between rules
+        told = "; ".join(part.strip() for part in parts if part.strip() and "full helptext" not in part)
+        if not told.lower().startswith(title.lower()):
+            told = f"{title}: {told}"
+        raise UserError(f"{told[0].lower()}{told[1:]} (--help shows all flags)") from None
 
 
 def _called() -> str | None:
@@ -89,7 +114,7 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # which "meta", that computes nothing, refuses
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} does not work here; use cpu or auto") from error
     if device.type == "cpu":
@@ -111,16 +136,20 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when the block ends well.
+    """A path to write to, which takes the place of `path`, or of what a link there leads to, when the block ends well.
 
     Raises:
-        UserError: the disk is full or the folder can't be written; `path` is as it was.
+        UserError: the disk is full, the folder can't be written, or `path` is no file; it is as it was.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    real = Path(os.path.realpath(path))
+    aside = real.parent / f".{real.name}.{os.getpid()}"
     try:
+        if real.exists() and not real.is_file():
+            raise UserError(f"can't write {path}, which is a folder or a device; name a file")
         yield aside
-        aside.replace(path)
+        aside.replace(real)
     except OSError as error:
         raise UserError(f"can't write {path} ({error.strerror or error}); what was there before still is") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # too long a name is refused here too
+            aside.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import hashlib
 import math
-import mmap
 import os
 import shutil
 import sys
@@ -46,8 +45,7 @@ class Cache:
 
     def __init__(self, path: Path, *, full: bool = False) -> None:
         self.path, self.full = path, full
-        with path.open("rb") as file:
-            self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        self._bytes = np.asarray(np.memmap(path, np.uint8, "r"))
         if len(self._bytes) < 16 or self._bytes[:8].tobytes() != _MAGIC:
             raise ValueError(f"{path} is no cache")
         count = int(self._bytes[8:16].view(np.int64)[0])
@@ -77,7 +75,7 @@ def fingerprint(files: Sequence[Path], *settings: object) -> str:
             stat = path.stat()
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        digest.update(f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        digest.update(f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:20]
 
 

@@ -16,12 +16,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
+from rich.text import Text
 
 import cli
 from datasets import DATASETS, find_layout, find_split
 from datasets.classes import Classes
 from datasets.samples import Sample
 from datasets.scenes import read_image, read_label
+from eval.options import claim_file
 
 
 @dataclass
@@ -122,11 +124,12 @@ def check(options: Options) -> dict[str, Finding]:
 
 
 def main(options: Options) -> None:
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise cli.UserError(f"no folder {options.json.parent} for --json; make it first")
+    if options.json is not None:
+        claim_file(options.json)
     findings = check(options)
     console = Console()
-    table = Table("split", "images", "labelled", "sizes", "problems", title=f"{options.dataset} in {options.datadir}")
+    title = Text(f"{options.dataset} in {options.datadir}", "table.title")  # as it is: a path may hold brackets
+    table = Table("split", "images", "labelled", "sizes", "problems", title=title)
     for name, found in findings.items():
         sizes = ", ".join(f"{size} ({count})" for size, count in found.sizes.most_common(3))
         table.add_row(name, str(found.images), str(found.labelled), sizes, str(len(found.problems)))

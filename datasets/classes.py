@@ -49,11 +49,14 @@ class Classes:
     """Label ids that stand for no class of ours."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for palette, weights or label ids without a last entry for ignore."""
+        """Raises ValueError for palette, weights or label ids without a last entry for ignore, or ids over a byte."""
         for what in ("palette", "weights", "label_ids"):
             given = getattr(self, what)
             if given is not None and len(given) != self.num_outputs:
                 raise ValueError(f"{self.name}: {len(given)} {what} for {self.num_classes} classes and ignore")
+        for label_id in (*self.label_ids, *self.ignored_label_ids):
+            if label_id not in range(256):
+                raise ValueError(f"{self.name}: label id {label_id} does not fit into a byte, 0 to 255")
         object.__setattr__(self, "palette", np.asarray(self.palette, np.uint8))  # pictures take its bytes
 
     @property

@@ -17,13 +17,11 @@ interruption give the same command again. NYUv2 and VOC2012 need `pip install -r
 
 import importlib
 import io
-import lzma
 import re
 import shutil
 import sys
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -108,21 +106,13 @@ class Plan:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever a damaged archive makes the readers raise, as one line."""
+    """Whatever a damaged archive, or one of other content, makes its reader raise, as one line."""
     try:
         yield
-    # RuntimeError: encrypted; NotImplementedError: packed in a way that zipfile doesn't know; ValueError: odd names
-    except (
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        zlib.error,
-        lzma.LZMAError,
-        EOFError,
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # zipfile's, tarfile's, HDF5's and MATLAB's readers have nothing else in common
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} is not a whole archive ({reason}); download it again") from error
 
 
@@ -294,27 +284,31 @@ def nyuv2(options: Options, stack: ExitStack) -> Iterator[Job]:
     path = locate("nyu_depth_v2_labeled.mat", NYU_PAGE, options.sources)
     splits = locate("splits.mat", NYU_SPLITS, options.sources)
     mapping = locate("classMapping40.mat", NYU_CLASSES, options.sources)
-    table = np.concatenate([[0], matlab(mapping.read_bytes(), "mapClass", str(mapping)).ravel()]).astype(np.uint8)
-    if table.max() != 40 or table[1:].min() < 1:
-        raise UserError(f"{mapping} maps to classes {table[1:].min()} to {table.max()}, not 1 to 40; see {NYU_CLASSES}")
+    with reading(mapping):
+        table = np.array([0, *map(int, matlab(mapping.read_bytes(), "mapClass", str(mapping)).ravel())], np.uint8)
+    if len(table) == 1 or table.max() != 40 or table[1:].min() < 1:
+        raise UserError(f"{mapping} does not map to classes 1 to 40; see {NYU_CLASSES}")
     h5py = needed("h5py")
     with reading(path):
         # a chunk may span many images: keep those that were unpacked
         file = stack.enter_context(h5py.File(path, rdcc_nbytes=2**28))
-    if not {"images", "labels"} <= set(file):
-        raise UserError(f"{path} holds no images and labels; download it again from {NYU_PAGE}")
-    images, labels = file["images"], file["labels"]  # MATLAB's order: (N, 3, W, H) and (N, W, H)
-    lists = {
-        subset: sorted(int(index) for index in matlab(splits.read_bytes(), f"{subset}Ndxs", str(splits)).ravel())
-        for subset in ("train", "test")
-    }
+        if not {"images", "labels"} <= set(file):
+            raise UserError(f"{path} holds no images and labels; download it again from {NYU_PAGE}")
+        images, labels = file["images"], file["labels"]  # MATLAB's order: (N, 3, W, H) and (N, W, H)
+        pixels = int(np.prod(labels.shape[1:]))
+        if (*labels.shape[:1], 3, *labels.shape[1:]) != images.shape:
+            raise UserError(f"{path} holds images {images.shape} and labels {labels.shape}; download it again")
+    with reading(splits):
+        lists = {
+            subset: sorted(int(index) for index in matlab(splits.read_bytes(), f"{subset}Ndxs", str(splits)).ravel())
+            for subset in ("train", "test")
+        }
     for subset, indices in lists.items():
         if not indices or indices[0] < 1 or indices[-1] > len(images):
             raise UserError(f"{splits} lists images that are not among the {len(images)} of {path}")
         text = "".join(f"{index:04d}\n" for index in indices).encode()
         yield Job(f"{subset}.txt", len(text), partial(bytes, text))
     for index in sorted({*lists["train"], *lists["test"]}):
-        pixels = int(np.prod(labels.shape[1:]))
         image = partial(_nyu_image, path, images, index - 1)
         label = partial(_nyu_label, path, labels, index - 1, table)
         yield Job(f"images/{index:04d}.png", 2 * pixels, image, exact=False)
@@ -323,16 +317,15 @@ def nyuv2(options: Options, stack: ExitStack) -> Iterator[Job]:
 
 def _nyu_image(path: Path, images: Any, index: int) -> bytes:
     with reading(path):
-        pixels = images[index]
-    return png(np.ascontiguousarray(pixels.transpose(2, 1, 0)))
+        return png(np.ascontiguousarray(images[index].transpose(2, 1, 0)))
 
 
 def _nyu_label(path: Path, labels: Any, index: int, table: np.ndarray) -> bytes:
     with reading(path):
         ids = labels[index].T
-    if ids.max() >= len(table):
-        raise UserError(f"{path} holds class {ids.max()}, but classMapping40.mat maps {len(table) - 1} only")
-    return png(np.ascontiguousarray(table[ids]))
+        if ids.max() >= len(table):
+            raise UserError(f"{path} holds class {ids.max()}, but classMapping40.mat maps {len(table) - 1} only")
+        return png(np.ascontiguousarray(table[ids]))
 
 
 VOC_PAGE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
@@ -398,7 +391,8 @@ def _voc_label(path: Path, member: Member) -> bytes:
 
 def _sbd_label(path: Path, member: Member) -> bytes:
     classes = matlab(_read(path, member), "GTcls", f"{path}: {member.name}")
-    return png(np.asarray(classes[0]["Segmentation"][0], np.uint8))
+    with reading(path):
+        return png(np.asarray(classes[0]["Segmentation"][0], np.uint8))
 
 
 CITYSCAPES_ZIPS = {

@@ -78,11 +78,12 @@ def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Every file below `folder` that is not hidden, through links too: data sets are often linked together.
 
     `above` are the folders on the way here, into which a link would lead round and round.
+    Raises PermissionError for one that must not be read: what is in it must not go missing unnoticed.
     """
     here = folder.resolve()
     try:
         entries = [] if here in above else list(os.scandir(folder))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for entry in entries:
         if entry.name.startswith("."):

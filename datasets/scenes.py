@@ -163,7 +163,7 @@ class SceneDataset(Dataset[Item]):
                 sizes = [path.stat().st_size for path in (sample.image, sample.label) if path]
             except OSError as error:
                 raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
-            digest.update(f"{sample.name} {sizes}\n".encode())
+            digest.update(f"{sample.name} {sizes}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:20]
 
     def use_cache(self, directory: Path, title: str) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from cli import UserError, find_device
+from cli import MANY, UserError, find_device
 from datasets import SceneDataset, open_split
 from models import load_model
 from models.checkpoints import read_facts
@@ -69,6 +69,8 @@ class ColorOptions(Options):
 def find_weights(options: Options, dataset: str) -> Path:
     """The file to evaluate: --weights, or the published name in outputs/. UserError if missing."""
     if options.weights is not None:
+        if options.distillation_type != Options.distillation_type:
+            raise UserError("--distillation-type names a released checkpoint, --weights another; leave one out")
         if not options.weights.exists():  # a folder is another library's
             raise UserError(f"{options.weights} is not there; give --weights a checkpoint")
         return options.weights
@@ -83,8 +85,8 @@ def open_model_and_data(
     options: Options, dataset: str, *, require_labels: bool = True
 ) -> tuple[torch.nn.Module, SceneDataset, Path, torch.device]:
     """Model (eval mode, on its device), data, the weights' path, device; UserError if one fails."""
-    if options.batch_size < 1 or options.num_workers < 0:
-        raise UserError("--batch-size must be at least 1, --num-workers at least 0")
+    if options.batch_size < 1 or not 0 <= options.num_workers < MANY:
+        raise UserError(f"--batch-size must be at least 1, --num-workers at least 0 and below {MANY}")
     if options.json is not None:
         claim_file(options.json)
     device = find_device(options.device)
@@ -110,10 +112,16 @@ def warn_of_height(weights: Path, height: int) -> None:
         print(f"warning: {weights} was trained at --height {trained}, this is {height}", file=sys.stderr)
 
 
-def claim_file(path: Path) -> None:
-    """Make the folder of a file to come. Raises UserError if it can't be written, or if the file is a folder."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file in it")
+def claim_file(path: Path, ending: str = ".json") -> None:
+    """Make the folder of a file to come, which may take the place of an earlier one with that ending, of no other.
+
+    Raises:
+        UserError: it can't be written, or there is something else.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is a folder or a device; name a file")
+    if path.suffix.lower() != ending and path.exists() and path.stat().st_size:
+        raise UserError(f"{path} is there already and does not end in {ending}; name another file, or remove it first")
     claim_folder(path.parent)
 
 

@@ -93,6 +93,8 @@ def main(options: Options) -> None:
         raise UserError("--kinds names no kind of picture; name one, or leave it out")
     if not 0 <= options.alpha <= 1:
         raise UserError(f"--alpha {options.alpha} is no share of colour; give 0 to 1")
+    if options.alpha != Options.alpha and not {"overlay", "side_by_side"} & {*options.kinds}:
+        raise UserError(f"--alpha {options.alpha} is for overlays; add such a kind, or leave it out")
     classes = find_layout(options.dataset).classes
     inputs = find_inputs(options.inputs, options.output_dir)
     photographs = [source for source in inputs if not is_video(source)]
@@ -220,6 +222,8 @@ def open_network(weights: Path, classes: Classes, device_name: str) -> Network:
         UserError: it is none, or it has other classes.
     """
     if weights.suffix.lower() == ".onnx":
+        if device_name not in ("auto", "cpu"):
+            raise UserError(f"--device {device_name}: ONNX files run on the CPU; leave it out, or name other weights")
         onnx = OnnxNetwork(weights)
         classes.require(weights, len(onnx.class_names), onnx.class_names)
         return onnx

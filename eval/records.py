@@ -7,6 +7,35 @@ from typing import Any
 
 from cli import UserError, writing
 
+SCORE = float | int | None
+SCORES: dict[Any, Any] = {"mean_iou": SCORE, "per_class": {...: SCORE}}
+EVALUATION: dict[Any, Any] = SCORES | {
+    **dict.fromkeys(("dataset", "datadir", "subset", "weights", "protocol"), str),
+    "height": int,
+    "per_image": {...: SCORE},
+    "conditions": {...: SCORES},
+    "confusion": [[int | float]],
+}
+"""The form of eval.json, see `fits`."""
+RECORD: dict[Any, Any] = SCORES | {
+    **dict.fromkeys(("step", "epoch", "total_steps"), int),
+    "event": str,
+    "time": float | int,
+    "losses": {...: float | int},
+    "versions": {...: str},
+}
+"""The form of a line of metrics.jsonl."""
+
+
+def fits(content: object, form: Any) -> bool:
+    """Whether JSON has a form: a type, [the form of each item], {key: of its value, where it is there; ...: of any}."""
+    if isinstance(form, dict):
+        others = form.get(..., object)
+        return isinstance(content, dict) and all(fits(item, form.get(key, others)) for key, item in content.items())
+    if isinstance(form, list):
+        return isinstance(content, list) and all(fits(item, form[0]) for item in content)
+    return isinstance(content, form)
+
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in the file, None if there is no file. Raises UserError if it holds anything else."""
@@ -28,7 +57,7 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 
 def read_records(path: Path, tail: int | None = None) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl: objects with an event and a step. Lines that are none, or cut off, are left out.
+    """The records of metrics.jsonl, which have an event and a step. Lines that are none, or cut off, are left out.
 
     `tail`: read the last bytes alone.
 
@@ -50,6 +79,6 @@ def read_records(path: Path, tail: int | None = None) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:  # of which UnicodeDecodeError is one
             continue
-        if isinstance(record, dict) and isinstance(record.get("event"), str) and isinstance(record.get("step"), int):
+        if fits(record, RECORD) and {"event", "step"} <= record.keys():
             records.append(record)
     return records

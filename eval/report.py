@@ -32,16 +32,11 @@ from eval.inference import save_png
 from eval.metrics import percent
 from eval.options import IoUOptions, claim_file, claim_folder
 from eval.page import Picture, figure, legend, page, panels, table
-from eval.records import read_json, read_records
+from eval.records import EVALUATION, fits, read_json, read_records
 from models.checkpoints import read_facts
 
-EVALUATION: dict[str, type] = {
-    **dict.fromkeys(("dataset", "datadir", "subset", "weights", "protocol"), str),
-    **dict.fromkeys(("per_class", "per_image", "conditions"), dict),
-    "height": int,
-    "confusion": list,
-}
-"""What eval.json holds beside mean_iou."""
+HTML = ".html"
+NEEDED = {"dataset": str, "datadir": str, "height": int}  # of a run's options, for its evaluation
 
 
 @dataclass(frozen=True)
@@ -95,10 +90,16 @@ class Run:
         evaluation = read_json(path)
         if evaluation is None:
             return None
-        wrong = [key for key, kind in EVALUATION.items() if not isinstance(evaluation.get(key, kind()), kind)]
-        if wrong or "mean_iou" not in evaluation:
-            key = wrong[0] if wrong else "mean_iou"
-            raise UserError(f"{path} has no {key} as the IoU scripts write it; remove it, or write it by their --json")
+        wrong = [key for key, value in evaluation.items() if not fits({key: value}, EVALUATION)]
+        wrong += [key for key in ("mean_iou",) if key not in evaluation]
+        if not wrong and (counts := evaluation.get("confusion")) is not None:
+            classes = len(evaluation.get("per_class", ()))
+            if not classes or [len(row) for row in counts] != [classes + 1] * classes:
+                wrong = ["confusion"]
+        if wrong:
+            raise UserError(
+                f"{path} has no {wrong[0]} as the IoU scripts write it; remove it, or write it by their --json"
+            )
         beside = self.folder / Path(evaluation.get("weights", "")).name
         return evaluation | {"weights": str(beside)} if beside.is_file() else evaluation
 
@@ -155,7 +156,7 @@ def write_report(
         ("Not shown", "".join(f"<p class='note'>{escape(note)}</p>" for note in [*outdated, *uncounted, *notes])),
     ]
     path = Path(path)
-    claim_file(path)
+    claim_file(path, HTML)
     with writing(path) as aside:
         aside.write_text(page(title, introduction, sections), encoding="utf-8")
     if plots is not None:
@@ -223,7 +224,7 @@ def summary_table(runs: Sequence[Run], evaluations: Mapping[str, dict[str, Any]]
 def training_charts(runs: Sequence[Run], colors: Mapping[str, int]) -> list[Chart]:
     """mIoU, then one chart per loss term, total first."""
     validated = {one.name: [(step, 100 * value) for step, value in one.curve("val", "mean_iou")] for one in runs}
-    teachers = {r["mean_iou"] for one in runs if (r := one.last("teacher")) and r["mean_iou"]}
+    teachers = {r["mean_iou"] for one in runs if (r := one.last("teacher")) and r.get("mean_iou")}
     levels = {f"teacher {100 * value:.1f}": 100 * value for value in sorted(teachers)}
     title = "mIoU in validation, %"
     charts = [line_chart("miou", title, validated, colors, unit=" %", levels=levels, dots=True, size=LARGE)]
@@ -332,9 +333,9 @@ def provenance_table(runs: Sequence[Run]) -> str:
         begin = one.last("start")
         if begin is None:
             continue
-        versions = ", ".join(f"{name} {version}" for name, version in begin["versions"].items())
-        device = f"{begin['device']}, {begin['threads']} threads"
-        cells = (one.name, versions, device, begin["revision"] or "", one.options.get("data", ""))
+        versions = ", ".join(f"{name} {version}" for name, version in begin.get("versions", {}).items())
+        device = f"{begin.get('device')}, {begin.get('threads')} threads"
+        cells = (one.name, versions, device, begin.get("revision") or "", one.options.get("data", ""))
         rows.append([escape(str(cell)) for cell in cells])
     return table(["run", "versions", "device", "revision", "data"], rows) if rows else ""
 
@@ -366,8 +367,8 @@ def main(options: Options) -> None:
         raise UserError("no run given; name at least one run folder")
     if options.examples < 0:
         raise UserError("--examples must be at least 0")
+    claim_file(options.output, HTML)
     plots = options.plots or options.output.with_name(f"{options.output.stem}_plots")
-    claim_file(options.output)
     claim_folder(plots)
     names = [folder.resolve().name for folder in options.runs]
     if len(set(names)) < len(names):
@@ -395,7 +396,7 @@ def evaluate_run(one: Run, options: Options) -> None:
     found = one.eval_json()
     if found is not None and not one.outdated(found):
         return
-    missing = [key for key in ("dataset", "datadir", "height") if key not in one.options]
+    missing = [key for key, kind in NEEDED.items() if not isinstance(one.options.get(key), kind)]
     if missing:
         raise UserError(f"{one.folder / 'options.json'} has no {missing[0]}; evaluate this run by its IoU script")
     again = found or {}  # as it was evaluated before

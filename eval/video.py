@@ -45,7 +45,7 @@ class Video:
     def _open(self) -> Iterator[Any]:
         av = import_av()
         try:
-            with av.open(str(self.path)) as container:
+            with av.open(str(self.path), metadata_errors="replace") as container:  # titles in any encoding
                 if not container.streams.video:
                     raise UnreadableError("no video in it")
                 stream = container.streams.video[0]

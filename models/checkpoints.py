@@ -4,9 +4,10 @@ Nothing is ever unpickled but tensors and numbers: `.safetensors`, or `torch.loa
 """
 
 import json
-import pickle
+import math
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,7 +83,8 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
         with _opened(path) as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     try:
-        with torch.serialization.safe_globals(NUMBERS):
+        with torch.serialization.safe_globals(NUMBERS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong comes as an exception too
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         if called := re.search(r"\bGLOBAL (\S+)", str(error)):
@@ -91,7 +93,9 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
                 "if you trust it, save its state dict alone with the library that wrote it"
             ) from error
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        if isinstance(error, pickle.UnpicklingError):  # torch's text is a page on its own flags
+        if "TorchScript" in reason:
+            reason = "it is a TorchScript program"
+        elif not isinstance(error, RuntimeError | OSError | EOFError):  # torch's own text is a page on its flags
             reason = "it is no PyTorch checkpoint"
         raise UserError(f"{path} can't be read as weights ({reason}); fetch or save it again") from error
     metadata = _told(content)
@@ -102,10 +106,17 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
         content = inner
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
-    strangers = [str(k) for k, v in content.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+    strangers = [str(k) for k, v in content.items() if not (isinstance(k, str) and _is_plain(v))]
     if strangers or not content:
         raise UserError(f"{path} is not a state dict: {_some(strangers) or 'it is empty'}")
     return dict(content), metadata
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor as networks have them: real numbers, in place."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_meta or value.is_quantized or value.is_complex())
 
 
 def weights_file(path: Path | str) -> Path:
@@ -121,7 +132,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); fetch or save it again") from error
 
 
@@ -207,6 +218,8 @@ def read_network(path: Path | str) -> tuple[State, Told]:
         normalisation = IMAGENET
     else:
         normalisation = told_normalisation(path, metadata)
+    if empty := [key for key in CLASSIFIERS if key in state and (not state[key].dim() or not len(state[key]))]:
+        raise UserError(f"{path} has no class in {empty[0]}; fetch or save it again")
     state, class_names = in_our_order(state, names)
     return state, Told(normalisation, class_names, metadata.get("model"))
 
@@ -259,8 +272,10 @@ def _huggingface_names(path: Path) -> list[str]:
 
 
 def _normalisation(mean: Sequence[float], std: Sequence[float]) -> Normalisation | None:
-    (red, green, blue), (red_std, green_std, blue_std) = mean, std
+    (red, green, blue), (red_std, green_std, blue_std) = map(float, mean), map(float, std)
     found = Normalisation((red, green, blue), (red_std, green_std, blue_std))
+    if not all(map(math.isfinite, (*found.mean, *found.std))) or min(found.std) <= 0:
+        raise ValueError("means must be finite, deviations above 0")
     return None if found == NO_NORMALISATION else found
 
 
@@ -298,11 +313,11 @@ def recognise(state: State) -> str | None:
             blocks, patches = (name.format(i=i, from_0=i - 1) for name in (block, embed))
             numbers = {int(m[1]) for key in state if (m := re.match(rf"{re.escape(blocks)}\.(\d+)\.", key))}
             proj, hidden = state.get(f"{patches}.proj.weight"), state.get(f"{blocks}.0.mlp.fc1.weight")
-            if not numbers or proj is None:
+            if not numbers or proj is None or not proj.dim() or not len(proj):
                 break
             depths.append(max(numbers) + 1)
             widths.append(len(proj))
-            ratios.append(None if hidden is None else len(hidden) // len(proj))
+            ratios.append(None if hidden is None or not hidden.dim() else len(hidden) // len(proj))
         for name, config in configs.items():
             like = all(found in (None, ratio) for found, ratio in zip(ratios, config.mlp_ratios, strict=False))
             if like and (list(config.depths), list(config.channels)) == (depths, widths):

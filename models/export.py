@@ -20,6 +20,7 @@ hf and mmseg are for SegFormers, the others for every network; onnx and hf need
 `pip install -r requirements-export.txt`.
 """
 
+import io
 import json
 import logging
 import tempfile
@@ -229,7 +230,14 @@ def write_torch(export: Export, path: Path) -> None:
         raise UserError("these weights expect normalised images, and a bare state dict can't say so; use safetensors")
     if recognise(export.model.state_dict()) != export.model.name:
         raise UserError(f"a bare state dict can't say that it is {export.model.name}; use safetensors")
-    torch.save(export.model.state_dict(), path)
+    path.write_bytes(packed(export.model.state_dict()))
+
+
+def packed(content: dict[str, Any]) -> bytes:
+    """As torch.save writes it, which to a disk that is full ends in a RuntimeError."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def reload_weights(path: Path) -> Network:
@@ -351,7 +359,7 @@ def write_mmseg(export: Export, folder: Path) -> None:
     meta: dict[str, Any] = {"cfg": text, "facts": export.facts, "dataset_meta": {"classes": export.class_names}}
     if export.classes:
         meta["dataset_meta"]["palette"] = export.classes.palette[: export.model.num_classes].tolist()
-    torch.save({"meta": meta, "state_dict": state}, folder / "checkpoint.pth")
+    (folder / "checkpoint.pth").write_bytes(packed({"meta": meta, "state_dict": state}))
 
 
 def mmseg_config(export: Export, width: int) -> dict[str, Any]:

@@ -46,6 +46,7 @@ METHODS: dict[str, type[PatchEmbeddingAlignment]] = {
     "TransKD_GL": GLMixer,
     "TransKD_EA": EmbeddingAssistant,
 }
+MAX_SIDE = 2**16  # pixels; the counts of far more overflow
 ATTENTION = "attention"  # kind of a count that the published convention leaves out
 
 
@@ -241,12 +242,16 @@ def table(options: Options) -> Table:
     """One row a name.
 
     Raises:
-        UserError: an unknown name, an image too small, or no such device.
+        UserError: an unknown name, an image too small or too large, no such device, or one that is not needed.
     """
     if min(options.height, options.width) < 32:
         raise UserError(
             f"{options.height}×{options.width} is too small: the networks go down to a 32nd; 32 is the least"
         )
+    if max(options.height, options.width) > MAX_SIDE:
+        raise UserError(f"{options.height}×{options.width} is too large; {MAX_SIDE} a side is the most")
+    if options.device != "auto" and not options.measure:
+        raise UserError(f"--device {options.device} says where --measure runs; add that, or leave it out")
     device = find_device(options.device)
     size = options.height, options.width
     result = Table(title=f"one image of {size[0]}×{size[1]}")

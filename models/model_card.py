@@ -138,7 +138,7 @@ def result_section(facts: dict[str, Any], record: list[dict[str, Any]]) -> str:
     measured = [event for event in record if event.get("event") == "val" and event.get("step") == step]
     if not measured:
         return text
-    ious = {name: iou for name, iou in measured[-1]["per_class"].items() if iou is not None}
+    ious = {name: iou for name, iou in measured[-1].get("per_class", {}).items() if iou is not None}
     rows = "\n".join(f"| {name} | {100 * iou:.2f} |" for name, iou in ious.items())
     return f"{text}\nOf the classes that occur there:\n\n| class | IoU in % |\n|---|---|\n{rows}"
 

@@ -130,9 +130,11 @@ class Options:
 
 def main(options: Options) -> None:
     if options.action == "list":
+        if options.to is not None or options.mirror is not None:
+            raise UserError("--to and --mirror are for download; leave them out, or download")
         Console().print(table([find(name) for name in options.names] or ZOO.values()))
         return
-    if options.mirror is not None and not re.match(r"https?://[^/]", options.mirror):
+    if options.mirror is not None and not re.match(r"https?://[^/[]", options.mirror):  # [: no IPv6
         raise UserError(f"--mirror {options.mirror} is no URL; give one such as https://HOST/FOLDER")
     if not options.names:
         raise UserError("name what to download; `python -m models.zoo list` shows the names")

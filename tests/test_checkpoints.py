@@ -213,6 +213,34 @@ def test_a_network_goes_on_with_other_classes(
             assert torch.equal(value, theirs[key])
 
 
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        ({"linear_pred.weight": torch.tensor(1.0)}, "no class in linear_pred.weight"),
+        ({"linear_pred.weight": torch.zeros(0, 256, 1, 1)}, "no class in linear_pred.weight"),
+        ({"patch_embed1.proj.weight": torch.zeros(0, 3, 7, 7)}, "no model that is known"),
+        ({"norm1.weight": torch.zeros(32, device="meta")}, "not a state dict: norm1.weight"),
+        ({"norm1.weight": torch.zeros(32).to_sparse()}, "not a state dict: norm1.weight"),
+        ({"norm1.weight": torch.zeros(32, dtype=torch.complex64)}, "not a state dict: norm1.weight"),
+    ],
+    ids=["a number", "no rows", "no channels", "meta", "sparse", "complex"],
+)
+def test_tensors_that_are_no_weights(odd: State, says: str, plain: State, tmp_path: Path) -> None:
+    torch.save(plain | odd, tmp_path / "weights.pth")
+    assert says in refusal(load_model, tmp_path / "weights.pth")
+
+
+def test_other_files_say_what_they_are(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    (tmp_path / "page.pth").write_text("<html>Sign in")
+    (tmp_path / "text.pth").write_text("hello")
+    recwarn.clear()
+    assert "(it is a TorchScript program)" in refusal(load_model, tmp_path / "script.pt")
+    for name in ("page.pth", "text.pth"):
+        assert "(it is no PyTorch checkpoint)" in refusal(load_model, tmp_path / name)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("end", ["pth", "pth.tar", "safetensors"])
 @pytest.mark.parametrize("kept", [0, 7, 1000, -1000, -1])
 def test_truncated_files_are_refused(kept: int, end: str, plain: State, tmp_path: Path) -> None:
@@ -336,7 +364,7 @@ def test_a_checkpoint_tells_what_its_network_expects(plain: State, logits: Tenso
         torch.testing.assert_close(model(IMAGES * std + mean).logits, logits)
     torch.save(content | {"metadata": {}}, tmp_path / "best.pt")
     assert load_model(tmp_path / "best.pt").normalisation is None
-    for damaged in ("[[1, 2, 3]]", "{", "[[0, 0], [1, 1]]", "3"):
+    for damaged in ("[[1, 2, 3]]", "{", "[[0, 0], [1, 1]]", "3", '[["a", 0, 0], [1, 1, 1]]', "[[0, 0, 0], [0, 1, 1]]"):
         torch.save(content | {"metadata": {"normalisation": damaged}}, tmp_path / "best.pt")
         assert "tells a normalisation that is none" in refusal(load_model, tmp_path / "best.pt")
 

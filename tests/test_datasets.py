@@ -603,3 +603,18 @@ def test_own_names_and_classes(tmp_path: Path) -> None:
     assert sample.label == tmp_path / "masks/a_mask.png" and sample.encoding == "label_ids"
     with pytest.raises(ValueError, match="2 palette for 2 classes and ignore"):
         Classes("mine", ("road", "sky"), colormap(2), None, (0, 1, 255))
+    for ids, ignored in (((0, 256, 255), ()), ((0, 1, 255), (-1,))):
+        with pytest.raises(ValueError, match=r"mine: label id .* does not fit into a byte"):
+            Classes("mine", ("road", "sky"), colormap(3), None, ids, ignored)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its names are UTF-8")
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    """As archives of old have them."""
+    label = write_scene(tmp_path, "town_0")
+    (image,) = tmp_path.rglob("*_leftImg8bit.png")
+    name = os.fsdecode(b"caf\xe9")
+    label.rename(label.with_name(f"{name}_gtFine_labelTrainIds.png"))
+    image.rename(image.with_name(f"{name}_leftImg8bit.png"))
+    found = open_tree(tmp_path, cache=True, cache_dir=tmp_path / "cache")
+    assert found.cache is not None and len(found.identity()) == 20

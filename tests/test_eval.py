@@ -343,6 +343,8 @@ def test_splits_without_labels_are_rendered_but_not_scored(
         (["--datadir", "{linked}", "--output-dir", "{datadir}/leftImg8bit/val/new"], "lies in the data set"),
         (["--output-dir", "{weights}"], "cannot make the folder"),
         (["--json", "{linked}"], "is a folder"),
+        (["--json", "{weights}"], "does not end in .json"),
+        (["--distillation-type", "student"], "leave one out"),
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["--device", "warp"], "--device warp"),
         (["--batch-size", "0"], "--batch-size"),

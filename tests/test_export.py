@@ -1,6 +1,7 @@
 """Weights out: every export is read back by the library it is for. Weights in: what they expect of their input."""
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -273,6 +274,20 @@ def test_mistakes(flags: dict, says: str, weights: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match=says) as error:
         main(Options(**{"weights": weights, "output": tmp_path / "student.txt"} | flags))
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["hf", "mmseg", "safetensors", "torch"])
+def test_a_full_disk(kind: str, weights: Path, tmp_path: Path) -> None:
+    """Its message is one line, and nothing is left."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, unlimited[1]))  # the kernel lets no file grow beyond
+    try:
+        with pytest.raises(UserError, match=r"can't write .*File too large"):
+            endings = {"safetensors": ".safetensors", "torch": ".pth"}
+            main(Options(weights=weights, format=kind, output=tmp_path / f"new{endings.get(kind, '')}"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert not list(tmp_path.iterdir())
 
 
 # What weights that were trained elsewhere expect ----------------------------------------------------------------------

@@ -145,7 +145,9 @@ def test_command_prints_and_measures(command: Command) -> None:
     [
         (["segformer_b9"], "segformer_b9"),
         (["segformer_b0", "--height", "16"], "too small"),
-        (["segformer_b0", "--device", "abacus"], "--device abacus"),
+        (["segformer_b0", "--width", "65537"], "too large"),
+        (["segformer_b0", "--device", "cpu"], "where --measure runs"),
+        (["segformer_b0", "--measure", "--device", "abacus"], "--device abacus"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -242,7 +242,8 @@ def test_videos_of_odd_size_and_turned_ones(tmp_path: Path) -> None:
         file.add(picture)
     (frame,) = Video(tmp_path / "new" / "odd.mp4").frames()
     assert frame.size == (65, 33)
-    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+    with av.open(str(tmp_path / "phone.mp4"), "w", metadata_errors="surrogateescape") as container:
+        container.metadata["title"] = "caf\udce9"  # in an encoding of old
         stream = container.add_stream("libx264", rate=5)
         stream.width, stream.height = 64, 32
         stream.set_display_rotation(90)  # counterclockwise, so that players show the left half below
@@ -308,6 +309,8 @@ def test_without_pyav(weights: Path, drive: Path, tmp_path: Path, monkeypatch: p
         ({"inputs": ("nowhere",)}, "nowhere is no photograph"),
         ({"inputs": ("IN/notes.txt", "IN/*.gif")}, r"\*\.gif is no photograph"),
         ({"alpha": 1.5}, "--alpha 1.5"),
+        ({"alpha": 0.7, "kinds": ("color", "label_ids")}, "add such a kind"),
+        ({"weights": Path("s.onnx"), "device": "cuda"}, "--device cuda: ONNX files run on the CPU"),
         ({"batch_size": 0}, "--batch-size"),
         ({"weights": Path("nowhere.ONNX")}, "no weights at nowhere.ONNX"),
         ({"weights": Path("nowhere.pth")}, "nowhere.pth"),

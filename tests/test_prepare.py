@@ -285,6 +285,9 @@ def test_nyuv2_inputs(nyu: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.
     (nyu.folder / "splits.mat").write_bytes(mat(trainNdxs=[[1]], testNdxs=[[6]]))
     with pytest.raises(UserError, match=r"splits.mat lists images that are not among the 5"):
         run("NYUv2", nyu.folder, to=tmp_path / "data")
+    (nyu.folder / "splits.mat").write_bytes(mat(trainNdxs=[["one"]], testNdxs=[[1]]))
+    with pytest.raises(UserError, match=r"splits.mat is not a whole archive \(invalid literal"):
+        run("NYUv2", nyu.folder, to=tmp_path / "data")
     (nyu.folder / "splits.mat").write_bytes(mat(other=[[1]]))
     with pytest.raises(UserError, match=r"splits.mat holds no readable trainNdxs"):
         run("NYUv2", nyu.folder, to=tmp_path / "data")

@@ -56,8 +56,9 @@ def test_a_preset_changes_defaults_and_a_flag_wins(monkeypatch: pytest.MonkeyPat
     assert (
         parse(distill.Options, monkeypatch, "--method=cwd_logits", *flags[2:], "--logits-weight", 5).logits_weight == 5
     )
-    with pytest.raises(UserError, match="--validate-teacher: --method student"):
-        parse(distill.Options, monkeypatch, "--method", "student", "--validate-teacher")
+    for given in (["--validate-teacher"], ["--teacher-weights", "t.pth"], ["--teacher-model", "lvt"]):
+        with pytest.raises(UserError, match=f"{given[0]}: --method student"):
+            parse(distill.Options, monkeypatch, "--method", "student", *given)
     with pytest.raises(UserError, match="--from-scratch starts from no weights"):
         parse(teacher.Options, monkeypatch, "--from-scratch", "--teacher-weights", "mit_b2.pth")
     for method in ("student", "response"):

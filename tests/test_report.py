@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,7 +164,8 @@ def test_an_evaluation_goes_with_its_run(tmp_path: Path, monkeypatch: pytest.Mon
 def test_damaged_records_are_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "student", [0.2, 0.4])
     path = run.folder / "metrics.jsonl"
-    damage = b'\n[1, 2]\n7\n{"event": "val", "mean_iou": 0.9}\n{"step": 9}\n\xff\xfe\x00\n\x00\x00\x00\x00\n'
+    damage = b'\n[1, 2]\n7\n{"event": "val", "mean_iou": 0.9}\n{"event": "val", "step": 5, "mean_iou": "x"}\n'
+    damage += b'{"step": 9}\n{"event": "start", "step": 0}\n\xff\xfe\x00\n\x00\x00\x00\x00\n'
     path.write_bytes(damage + path.read_bytes() + damage)
     (run.folder / "eval.json").write_text('{"mean_iou": 0.3, "per_image": {"a": 0.3}}')  # of an unknown data set
     assert run.curve("val", "mean_iou") == [(2, 0.2), (4, 0.4)]
@@ -223,11 +225,39 @@ def test_mistakes(tmp_path: Path) -> None:
         (Options((run.folder, tmp_path / "typo"), evaluate=True), "typo/metrics.jsonl is missing"),
         (Options((run.folder,), examples=-1), "--examples"),
         (Options((run.folder,), tmp_path), "is a folder"),
+        (Options((run.folder,), Path()), "is a folder"),
+        (Options((run.folder,), run.folder / "options.json"), "does not end in .html"),
         (Options((run.folder,), tmp_path / "page.html", run.folder / "options.json"), "cannot make the folder"),
         (Options((run.folder,), evaluate=True), "has no dataset; evaluate this run by its IoU script"),
     ):
         with pytest.raises(UserError, match=says):
             main(options)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"mean_iou": "0.3"},
+        {"per_class": None},
+        {"per_class": {"road": "0.3"}},
+        {"per_image": {"a": {}}},
+        {"conditions": {"fog": 0.3}},
+        {"confusion": []},
+        {"confusion": [[1]]},
+        {"confusion": [[1, "2"]]},
+    ],
+    ids=str,
+)
+def test_an_evaluation_of_another_form(part: dict[str, Any], tmp_path: Path) -> None:
+    """Half of it may be right: the key that is not is named."""
+    run = write_run(tmp_path / "run", "student", [0.25])
+    whole = {"mean_iou": 0.3, "per_class": {"road": 0.3}, "per_image": {"a": None}, "confusion": [[1, 2]]}
+    (run.folder / "eval.json").write_text(json.dumps(whole))
+    assert run.eval_json() == whole
+    (run.folder / "eval.json").write_text(json.dumps(whole | part))
+    (key,) = part
+    with pytest.raises(UserError, match=rf"eval\.json has no {key} as the IoU scripts write it; remove it"):
+        run.eval_json()
 
 
 def test_worst_and_best_images() -> None:

@@ -124,6 +124,9 @@ def test_grids_of_the_project(path: Path) -> None:
         ("max-steps", "max-stepps", "row student: unrecognized options"),
         ("max-steps = 1", "max-steps = 1\nlr = -1", "row student: --lr is -1"),
         ("options = { height = 64,", "options = { hight = 64,", "evaluation: unrecognized options"),
+        ('name = "teacher"', 'name = "teacher"\nteacher = "x"', "row 1 (teacher): unknown key teacher"),
+        ('name = "teacher"', 'name = "teacher"\npresets = ["slow"]', "row 1 (teacher): unknown key presets"),
+        ("options = { height = 64,", 'options = { json = "x", height = 64,', "evaluation: json is given by the table"),
         ("[[rows]]", "[[rows]", "is no TOML that can be read"),
         ("[0, 1]", "[0, -1]", "row student: seed -1 is out of range"),
         ("[options]", "[options]\nhelp = true", "row student: an option asks for help"),
@@ -453,7 +456,7 @@ def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slots("0, 1", 1) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert slots("", 2) == [{}, {}]
-    for gpus, jobs in (("0,0", 1), ("0,", 1), ("0", 2), ("", 0)):
+    for gpus, jobs in (("0,0", 1), ("0,", 1), ("0", 2), ("", 0), ("", 1000)):
         with pytest.raises(UserError):
             slots(gpus, jobs)
 

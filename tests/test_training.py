@@ -256,6 +256,12 @@ def test_missing_weights_are_told_before_the_data_is_read(
         ({"logits_temperature": 4.0}, "--logits-weight"),
         ({"compile_mode": "reduce-overhead"}, "--compile"),
         ({"compile_mode": "max-autotune", "compile": True, "accumulate": 2}, "--accumulate"),
+        ({"port": 8098}, "--visualize"),
+        ({"schedule": "step", "lr_decay_epochs": 9}, "--schedule epoch"),
+        ({"embed": 2, "embed_weights": (1.0, 1.0, 1.0, 1.0)}, "--embed 5"),
+        ({"seed": 2**32}, "--seed"),
+        ({"height": 2**16}, "--height"),
+        ({"num_workers": 1000}, "--num-workers"),
     ],
 )
 def test_flags_that_contradict_each_other(flags: dict[str, Any], says: str) -> None:

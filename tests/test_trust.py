@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,9 +149,21 @@ def test_empty_last_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "last.pt").touch()
     with pytest.raises(UserError, match=r"no whole checkpoint in .* to go on from \(.+\); start again"):
         load_checkpoint(tmp_path)
-    torch.save({"state": {"step": 3}}, tmp_path / "previous.pt")
-    assert load_checkpoint(tmp_path) == {"state": {"step": 3}}
+    content = {"model": {}, "optimizer": {"param_groups": []}, "state": {"step": 3}, "random": [[None]]}
+    torch.save(content, tmp_path / "previous.pt")
+    assert load_checkpoint(tmp_path) == content
     assert "last.pt is damaged (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", [[1], {"a": torch.zeros(1)}, {"state": 5}, {"random": 5}, {"metadata": 5}], ids=str)
+def test_what_is_no_checkpoint_is_damaged(other: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a released file that was copied over it."""
+    content = {"model": {}, "optimizer": {"param_groups": []}, "state": {"step": 3}, "random": [[None]]}
+    whole = {"state", "random", "metadata"} & set(other)  # of what a checkpoint holds, one is of another form
+    torch.save(content | other if whole else other, tmp_path / "last.pt")
+    torch.save(content, tmp_path / "previous.pt")
+    assert load_checkpoint(tmp_path) == content
+    assert "last.pt is damaged (it is another program's)" in capsys.readouterr().err
 
 
 def test_two_runs_in_one_folder(command: Command, scenes: Path, tmp_path: Path) -> None:

@@ -183,6 +183,11 @@ def test_list_and_names(command: Command, capsys: pytest.CaptureFixture[str]) ->
         main(Options("list", ("mitb2",)))
     with pytest.raises(UserError, match="--mirror nonsense is no URL"):
         main(Options("download", ("mit_b2",), to=Path("nowhere"), mirror="nonsense"))
+    for flags in ({"to": Path("nowhere")}, {"mirror": "http://host"}):
+        with pytest.raises(UserError, match="are for download"):
+            main(Options("list", **flags))
+    with pytest.raises(UserError, match="is no URL"):
+        main(Options("download", ("mit_b2",), to=Path("nowhere"), mirror="http://[::1"))
     done = command("-m", "models.zoo", "download", "mitb2", "--to", "nowhere")
     assert done.returncode == 2 and "perhaps mit_b2" in done.stderr
 

@@ -45,8 +45,10 @@ class Options(DistillationOptions):
         self.require("kd_temperature", above=0)
         if self.method == ALONE:
             self.settings.refuse_others()
-            if self.validate_teacher:
-                raise cli.UserError(f"--validate-teacher: --method {ALONE} learns without a teacher; leave it out")
+            for name in ("validate_teacher", "teacher_weights", "teacher_model"):
+                if getattr(self, name) != getattr(DistillationOptions, name):
+                    flag = f"--{name.replace('_', '-')}"
+                    raise cli.UserError(f"{flag}: --method {ALONE} learns without a teacher; leave it out")
         if self.logits_weight and self.method in (ALONE, "response"):
             reason = "learns without a teacher" if self.method == ALONE else "has this loss already, as --kd-weight"
             raise cli.UserError(f"--logits-weight is {self.logits_weight}; --method {self.method} {reason}")

@@ -23,7 +23,7 @@ from cli import UserError
 from datasets import find_layout, open_split, synthetic
 from eval import eval_iou
 from eval.options import IoUOptions
-from eval.records import read_json, read_records, write_json
+from eval.records import EVALUATION, fits, read_json, read_records, write_json
 from models import SegmentationModel, load_model
 from models.checkpoints import weights_file
 from train.optimisation import Plan
@@ -35,6 +35,7 @@ GRIDS = ROOT / "train" / "grids"
 RESERVED = ("lock", "data", "table.md", "table.json")  # what the table's folder holds beside the runs
 ANY_DATASET = "eval/eval_iou.py"  # takes the data set as a flag
 TAKEN = ("seed", "output_dir", "resume", "override", "datadir")  # flags that the table gives
+MEASURED = ("datadir", "weights", "json")  # and of the evaluation's
 SCHEDULE = ("num_epochs", "max_steps")  # a run may go on to more of them, but not back
 FILES = ("teacher_weights", "student_weights", "train_list")  # options that may move, but not change their content
 
@@ -143,6 +144,8 @@ def read_grid(path: Path) -> Grid:
         rows=rows,
     )
     evaluation.end()
+    if given := [key for key in MEASURED if key in grid.eval_flags]:
+        raise UserError(f"{evaluation.where}: {given[0]} is given by the table; leave it out")
     top.end()
     if not rows:
         raise UserError(f"{found.name}: there are no [[rows]]")
@@ -166,7 +169,7 @@ def read_row(section: Section, common: Mapping[str, Any], groups: Mapping[str, A
     if bool(script) == bool(weights):
         raise UserError(f"{section.where}: it needs either a script or weights")
     flags = dict(common)
-    for preset in section.take("presets", list) or ():
+    for preset in (section.take("presets", list) if script else None) or ():
         if not isinstance(preset, str) or preset not in groups:
             raise UserError(f"{section.where}: there is no [presets.{preset}]")
         flags |= groups[preset]
@@ -179,7 +182,7 @@ def read_row(section: Section, common: Mapping[str, Any], groups: Mapping[str, A
         script=script,
         weights=Path(weights).expanduser() if weights else None,
         flags=flags,
-        teacher=section.take("teacher", str) or "",
+        teacher=(section.take("teacher", str) if script else None) or "",
         baseline=section.take("baseline", str) or "",
         published=section.take("published", float),
         seeds=section.seeds() if script else (0,),
@@ -310,7 +313,7 @@ class Job:
             found = read_json(self.folder / "eval.json") or {}
         except UserError:
             return None
-        return found if isinstance(found.get("mean_iou"), float) else None
+        return found if isinstance(found.get("mean_iou"), float) and fits(found, EVALUATION) else None
 
     def score(self) -> dict[str, Any] | None:
         """The result of a run that is finished as the grid describes it."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import tyro
 
-from cli import UserError
+from cli import MANY, UserError
 from datasets import DATASETS, Augmentation, Classes
 from models import SegmentationModel, create_model, load_backbone, load_model
 from models.checkpoints import IMAGENET
@@ -154,10 +154,13 @@ class TrainingOptions:
         for field in dataclasses.fields(self):
             if any(isinstance(part, float) and not math.isfinite(part) for part in self._parts(field.name)):
                 raise UserError(f"{self._flag(field.name)}; it must be finite")
+        integers = [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), int)]
+        self.require(*integers, below=2**32)  # what numpy and torch take, the seed among them
         self.require("subset_every", "num_epochs", "batch_size", "max_steps", "validate_every", "steps_loss", least=1)
         self.require("lr_decay_epochs", "accumulate", least=1)
-        self.require("num_workers", "shift", "weight_decay", "warmup_steps", "save_every", "eps", "lr_power", least=0)
-        self.require("height", "crop", least=MIN_HEIGHT)  # the network's four stages need as much
+        self.require("num_workers", least=0, below=MANY)
+        self.require("shift", "weight_decay", "warmup_steps", "save_every", "eps", "lr_power", least=0)
+        self.require("height", "crop", least=MIN_HEIGHT, below=2**16)  # the network's four stages need as much
         self.require("lr", "scale", above=0)
         self.require("jitter", "ema", "dropout", "drop_path_rate", "betas", least=0, below=1)
         if self.schedule == "epoch" and self.num_epochs > self.lr_decay_epochs:
@@ -170,6 +173,10 @@ class TrainingOptions:
                 f"{self._flag('compile_mode')}; it needs --compile, and goes with no --accumulate, "
                 "whose gradients the next replay of a CUDA graph would overwrite"
             )
+        if self.port != TrainingOptions.port and not self.visualize:
+            raise UserError(f"{self._flag('port')}, of the visdom server; it needs --visualize")
+        if self.schedule == "step" and self.lr_decay_epochs != TrainingOptions.lr_decay_epochs:
+            raise UserError(f"{self._flag('lr_decay_epochs')}, of --schedule epoch; by step the rate is 0 in the end")
         if not self.scale[0] <= self.scale[1]:
             raise UserError(f"{self._flag('scale')}; give the smaller factor first")
         if self.published_shift and (self.scale != (1.0, 1.0) or self.crop or self.loss_size == "full"):
@@ -307,6 +314,8 @@ class DistillationOptions(StudentOptions):
         super().__post_init__()
         self.require("embed_weights", "review_kd_loss_weight", "lambda_cwd", "logits_weight", least=0)
         self.require("temperature", "logits_temperature", above=0)
+        if self.embed != 5 and self.embed_weights != DistillationOptions.embed_weights:
+            raise UserError(f"--embed-weights are those of --embed 5; with --embed {self.embed} leave them out")
         if self.logits_temperature != 1.0 and not self.logits_weight:
             raise UserError(f"{self._flag('logits_temperature')}, of a loss that --logits-weight switches on")
         hcl = self.knowledge_distillation_loss == "hcl"

@@ -20,11 +20,15 @@ import PIL
 import torch
 
 from cli import UserError, writing
-from eval.records import read_json, write_json
+from eval.records import fits, read_json, write_json
 from train.options import ROOT, TrainingOptions
 
 CHECKPOINTS = ("last.pt", "previous.pt")
 """The checkpoints that a run can be taken up from, the newer one first."""
+
+CHECKPOINT: dict[Any, Any] = {"model": dict, "optimizer": {"param_groups": list}, "state": {...: int | float}}
+CHECKPOINT |= {"random": [list], "metadata": {...: str}}
+"""What is in them, see `eval.records.fits`; those of earlier versions have no metadata."""
 
 FREE = frozenset(
     [
@@ -158,6 +162,8 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any]:
             continue
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
+            if not fits(content, CHECKPOINT) or CHECKPOINT.keys() - content.keys() - {"metadata"}:
+                raise ValueError("it is another program's")
         except Exception as error:
             problem = (str(error) or type(error).__name__).splitlines()[0]  # an empty file's error says nothing
             print(f"warning: {path} is damaged ({problem})", file=sys.stderr)

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from cli import UserError
+from cli import MANY, UserError
 from train.engine import Interrupt
 from train.grid import Job, last_record, short
 
@@ -236,8 +236,8 @@ def slots(gpus: str, jobs: int) -> list[dict[str, str]]:
     Raises:
         UserError: `--gpus` or `--jobs` makes no sense.
     """
-    if jobs < 1:
-        raise UserError(f"--jobs is {jobs}; it must be at least 1")
+    if not 1 <= jobs < MANY:
+        raise UserError(f"--jobs is {jobs}; it must be at least 1 and below {MANY}")
     if gpus:
         names = [name.strip() for name in gpus.split(",")]
         if not all(names) or len(set(names)) < len(names):

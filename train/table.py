@@ -257,7 +257,7 @@ def results(jobs: Sequence[Job], failed: Mapping[Job, str]) -> list[Result]:
         conditions: dict[str, dict[int, float]] = {}
         for job in row:
             for condition, part in scores.get(job, {}).get("conditions", {}).items():
-                if part["mean_iou"] is not None:
+                if part.get("mean_iou") is not None:
                     conditions.setdefault(condition, {})[job.seed] = 100 * part["mean_iou"]
         table.append(
             Result(
