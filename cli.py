@@ -117,6 +117,8 @@ def find_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()  # which "meta", that computes nothing, refuses
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} does not work here; use cpu or auto") from error
+    if device.type == "cuda" and device.index is not None:  # else pinned memory would wake the first GPU as well
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed_memory()
     return device
@@ -132,6 +134,14 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's end is never given back
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Raises UserError if that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't make the folder {folder} ({error.strerror}); choose another one") from error
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def check(options: Options) -> dict[str, Finding]:
     """
     layout = find_layout(options.dataset)
     classes = layout.classes
-    names = (*classes.names, "ignore")
+    names = classes.output_names
     findings: dict[str, Finding] = {}
     missing: dict[str, str] = {}
     for subset in layout.subsets:
@@ -138,7 +138,7 @@ def main(options: Options) -> None:
     splits = [name for name, found in findings.items() if "/" not in name and found.labelled]
     headers = [f"{name} {what}" for what in ("pixels %", "images") for name in splits]
     histogram = Table(Column("class", no_wrap=True), *headers)
-    for name in (*find_layout(options.dataset).classes.names, "ignore"):
+    for name in find_layout(options.dataset).classes.output_names:
         shares = [100 * findings[s].pixels[name] / max(findings[s].pixels.total(), 1) for s in splits]
         histogram.add_row(name, *(f"{share:.2f}" for share in shares), *(str(findings[s].occurs[name]) for s in splits))
     if splits:

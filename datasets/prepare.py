@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 import cli
-from cli import UserError
+from cli import UserError, make_folder
 from datasets import find_split, open_split
 from datasets.samples import files_below
 from datasets.scenes import BROKEN
@@ -449,10 +449,7 @@ def carry_out(jobs: Sequence[Job], to: Path) -> int:
         for job in todo:
             data = job.make()
             path = to / job.target
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"can't make the folder {path.parent} ({error.strerror})") from error
+            make_folder(path.parent)
             with cli.writing(path) as aside:
                 aside.write_bytes(data)
             progress.advance(task, job.size)

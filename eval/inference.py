@@ -1,12 +1,12 @@
 """Run a model over a split, to score it or to render it; files are read and written meanwhile."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.text import Text
 from torch import Tensor, nn
 
-from cli import UserError, writing
+from cli import UserError, make_folder, writing
 from datasets import SceneDataset
 from datasets.classes import Encoding
 from datasets.loading import Batch, evaluation_batches
@@ -34,6 +34,8 @@ from datasets.transforms import to_float
 from eval import rendering
 from eval.metrics import ConfusionMatrix
 
+T = TypeVar("T")
+R = TypeVar("R")
 Protocol = Literal["paper", "full"]
 
 
@@ -166,7 +168,8 @@ def render(
     targets = output_paths(dataset, output_dir, flat)
     full = size == "full" or overlay is not None or ids is not None
 
-    def write(index: int, labels: np.ndarray, photograph: Image.Image | None) -> None:
+    def write(found: tuple[int, np.ndarray, Image.Image | None]) -> None:
+        index, labels, photograph = found
         if ids == "train_ids":
             picture = Image.fromarray(labels)
         else:
@@ -181,12 +184,8 @@ def render(
         num_workers=num_workers,
         pin_memory=torch.device(device).type == "cuda",
     )
-    with (
-        evaluating(model),
-        ThreadPoolExecutor() as threads,
-        progress_line("rendering", len(dataset), progress) as advance,
-    ):
-        written: deque[Future[None]] = deque()
+
+    def predicted(threads: ThreadPoolExecutor) -> Iterator[tuple[int, np.ndarray, Image.Image | None]]:
         for batch in batches:
             indices = batch.indices.tolist()
             if full:
@@ -199,14 +198,27 @@ def render(
                 if full:
                     photograph = photographs[row].result()
                     prediction = upsample(prediction, (photograph.height, photograph.width))
-                labels = prediction.max(dim=0).indices.to(torch.uint8).cpu().numpy()
-                written.append(threads.submit(write, index, labels, photograph))
-            while len(written) > 2 * batch_size + 8:  # a slow disk must not fill the memory
-                written.popleft().result()
-            advance(len(indices))
-        for future in written:
-            future.result()
+                yield index, prediction.max(dim=0).indices.to(torch.uint8).cpu().numpy(), photograph
+
+    with (
+        evaluating(model),
+        ThreadPoolExecutor() as threads,
+        progress_line("rendering", len(dataset), progress) as advance,
+    ):
+        for _ in ahead(threads, write, predicted(threads), 2 * batch_size + 8):
+            advance(1)
     return targets
+
+
+def ahead(threads: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], limit: int) -> Iterator[R]:
+    """`map`, in order, with at most `limit` results waiting: a slow disk must not fill the memory."""
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(threads.submit(work, item))
+        if len(waiting) > limit:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def forward(model: nn.Module, batch: Batch, device: torch.device | str) -> Tensor:
@@ -240,10 +252,7 @@ def output_paths(dataset: SceneDataset, output_dir: Path, flat: bool = False) ->
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Save in one step, so that an interrupted run leaves no half file. UserError if it cannot."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't make the folder {path.parent} ({error.strerror}); choose another one") from error
+    make_folder(path.parent)
     with writing(path) as aside:
         picture.save(aside, format="PNG")
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from cli import MANY, UserError, find_device
+from cli import MANY, UserError, find_device, make_folder
 from datasets import SceneDataset, open_split
 from models import load_model
 from models.checkpoints import read_facts
@@ -127,9 +127,6 @@ def claim_file(path: Path, ending: str = ".json") -> None:
 
 def claim_folder(folder: Path) -> None:
     """Make the folder now, so that a typing error shows before an hour of work, not after."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+    make_folder(folder)
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder} is not writable; choose another folder")

@@ -17,12 +17,11 @@ frame becomes a file: out/label_ids/drive.mp4/000000.png. This needs PyAV: pip i
 
 import glob
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -43,7 +42,7 @@ from datasets.samples import files_below
 from datasets.scenes import read_image
 from datasets.transforms import resize_image, to_float
 from eval import rendering, video
-from eval.inference import progress_line, save_png, upsample
+from eval.inference import ahead, progress_line, save_png, upsample
 from eval.options import claim_folder, warn_of_height
 from models import load_model
 from models.export import OnnxNetwork
@@ -78,7 +77,7 @@ class Options:
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one. ONNX files run on the CPU."""
 
 
-Network = Callable[[Tensor], Tensor]  # images (B, 3, H, W), RGB in [0, 1] -> logits (B, C, h, w) or classes (B, h, w)
+Network = Callable[[Tensor], Tensor]  # images (B, 3, H, W), uint8 RGB -> logits (B, C, h, w) or classes (B, h, w)
 Read = tuple[Any, Image.Image, Tensor]  # a photograph's path or a frame's number, the picture, what the network sees
 Predicted = tuple[Any, Image.Image, np.ndarray]  # the same with classes (H, W)
 
@@ -206,7 +205,7 @@ def predict(network: Network, pictures: Iterable[Read], batch_size: int, classes
     """Each picture, in order, with its classes at its own size."""
     for batch in batches(pictures, batch_size):
         pixels = torch.stack([x for _, _, x in batch])
-        for (source, image, _), prediction in zip(batch, network(to_float(pixels)), strict=True):
+        for (source, image, _), prediction in zip(batch, network(pixels), strict=True):
             yield source, image, labels_at(prediction, (image.height, image.width), classes)
 
 
@@ -226,11 +225,11 @@ def open_network(weights: Path, classes: Classes, device_name: str) -> Network:
             raise UserError(f"--device {device_name}: ONNX files run on the CPU; leave it out, or name other weights")
         onnx = OnnxNetwork(weights)
         classes.require(weights, len(onnx.class_names), onnx.class_names)
-        return onnx
+        return lambda pixels: onnx(to_float(pixels))
     device = find_device(device_name)
     model = load_model(weights).to(device)
     classes.require(weights, model.num_classes, model.class_names)
-    return lambda images: model(images.to(device)).logits
+    return lambda pixels: model(to_float(pixels.to(device))).logits  # bytes travel, floats are made there
 
 
 def find_inputs(inputs: Iterable[str], output_dir: Path) -> dict[Path, Path]:
@@ -305,27 +304,10 @@ def find_targets(inputs: dict[Path, Path], options: Options) -> dict[Path, dict[
     return targets
 
 
-def ahead(threads: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], limit: int) -> Iterator[R]:
-    """`map`, in order, with at most `limit` results waiting."""
-    waiting: deque[Future[R]] = deque()
-    for item in items:
-        waiting.append(threads.submit(work, item))
-        if len(waiting) > limit:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
 def batches(pictures: Iterable[Read], size: int) -> Iterator[list[Read]]:
     """Neighbours of one size, at most `size` of them."""
     for _, group in groupby(pictures, key=lambda picture: picture[2].shape):
-        batch: list[Read] = []
-        for item in group:
-            batch.append(item)
-            if len(batch) == size:
-                yield batch
-                batch = []
-        if batch:
+        while batch := list(islice(group, size)):
             yield batch
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from cli import UserError, writing
+from cli import UserError, make_folder, writing
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
 
@@ -87,10 +87,7 @@ def writing_video(path: Path, rate: Fraction) -> Iterator[VideoFile]:
     Raises:
         UserError: it can't be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't make the folder {path.parent} ({error.strerror}); choose another one") from error
+    make_folder(path.parent)
     av = import_av()
     with writing(path) as aside:
         try:

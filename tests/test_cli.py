@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 import pytest
+import torch
 
 import cli
 from cli import UserError, writing
@@ -86,6 +87,15 @@ def test_names_that_no_terminal_can_show(monkeypatch: pytest.MonkeyPatch, capfdb
 def test_a_device_that_computes_nothing_is_none() -> None:
     with pytest.raises(UserError, match="--device meta does not work here"):
         cli.find_device("meta")
+
+
+def test_the_gpu_that_is_named_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain "cuda" has no number, which torch.cuda.set_device would want."""
+    zeros, chosen = torch.zeros, []
+    monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [str(cli.find_device(name)) for name in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
+    assert chosen == [torch.device("cuda:1")]
 
 
 def test_writing_goes_through_a_link_and_replaces_no_device(tmp_path: Path) -> None:

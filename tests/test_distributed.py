@@ -123,12 +123,6 @@ def test_what_fails_in_one_process_ends_all(
     assert told in both[0].result().stderr.splitlines()[-1]
 
 
-def test_plain_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device "cuda" has no number, which torch.cuda.set_device would want."""
-    monkeypatch.setattr("train.distributed.find_device", torch.device)
-    assert Ranks("cuda").device == torch.device("cuda")
-
-
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

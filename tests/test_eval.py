@@ -341,7 +341,7 @@ def test_splits_without_labels_are_rendered_but_not_scored(
         (["--output-dir", "{datadir}/leftImg8bit/val"], "lies in the data set"),
         (["--output-dir", "{datadir}", "--flat"], "lies in the data set"),
         (["--datadir", "{linked}", "--output-dir", "{datadir}/leftImg8bit/val/new"], "lies in the data set"),
-        (["--output-dir", "{weights}"], "cannot make the folder"),
+        (["--output-dir", "{weights}"], "can't make the folder"),
         (["--json", "{linked}"], "is a folder"),
         (["--json", "{weights}"], "does not end in .json"),
         (["--distillation-type", "student"], "leave one out"),

@@ -227,7 +227,7 @@ def test_mistakes(tmp_path: Path) -> None:
         (Options((run.folder,), tmp_path), "is a folder"),
         (Options((run.folder,), Path()), "is a folder"),
         (Options((run.folder,), run.folder / "options.json"), "does not end in .html"),
-        (Options((run.folder,), tmp_path / "page.html", run.folder / "options.json"), "cannot make the folder"),
+        (Options((run.folder,), tmp_path / "page.html", run.folder / "options.json"), "can't make the folder"),
         (Options((run.folder,), evaluate=True), "has no dataset; evaluate this run by its IoU script"),
     ):
         with pytest.raises(UserError, match=says):

@@ -50,8 +50,6 @@ class Ranks:
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "cpu:gloo")
         with self.together():
             self.device = find_device(device)
-        if self.device.type == "cuda" and self.device.index is not None:  # set_device refuses plain "cuda", the first
-            torch.cuda.set_device(self.device)
 
     @property
     def first(self) -> bool:

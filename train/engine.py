@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -342,13 +343,8 @@ def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.T
 
 def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     """Lists of `size` batches; the last may be shorter."""
-    group: list[Batch] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
         yield group
 
 
@@ -421,7 +417,8 @@ def restore(
         optimizer.load_state_dict(content["optimizer"])
         if averaged is not None:
             averaged.network.load_state_dict(content.get("averaged", distiller.student.state_dict()))
-    except (RuntimeError, ValueError, KeyError) as error:
+        state = State(**content["state"])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the checkpoint in {options.run_dir} is of another method or model ({reason})") from error
     if len(content["random"]) != ranks.world_size:
@@ -435,7 +432,7 @@ def restore(
     torch.set_rng_state(random)
     if random_cuda is not None and ranks.device.type == "cuda":
         torch.cuda.set_rng_state(random_cuda)
-    return State(**content["state"])
+    return state
 
 
 class Interrupt:

@@ -129,7 +129,7 @@ class TrainingOptions:
     tf32: bool = True
     """On GPUs, let float32 matrix products use TF32."""
     compile: bool = False
-    """Compile the training step with torch.compile."""
+    """Compile the training step with torch.compile, once for every size that a batch has: where images differ, crop."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     """torch.compile's mode. The other two replay the step as CUDA graphs, for small batches, which a GPU computes
     faster than it is told what to compute."""
