@@ -5,6 +5,7 @@ softmax or, as a peer, through `scaled_dot_product_attention`. Their weights are
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,9 @@ def load_torchvision() -> None:
     """
     if find_spec("torchvision"):
         try:
-            import torchvision  # noqa: F401
+            import_module("torchvision")
         except RuntimeError:
             library = torch.library.Library("torchvision", "DEF")
             library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            import_module("torchvision")  # now, as the definitions go with `library`
