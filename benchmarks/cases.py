@@ -105,7 +105,6 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
         if not find_spec(package):
             yield Row(name, peer, note=NOT_INSTALLED)
             continue
-        published.load_torchvision()
         theirs = build().eval()
         times = in_turn(prediction(ours, images), prediction(theirs, images), 3 * sizes.repeats)
         yield Row(name, peer, "time", *times, 2.5)

@@ -30,6 +30,7 @@ class HuggingFaceSegFormer(SegmentationModel):
     """
 
     def __init__(self, ours: SegmentationModel, attention: str) -> None:
+        load_torchvision()
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
         from transformers.utils import logging
 
@@ -106,6 +107,7 @@ def read_sample(image: Path, label: Path, height: int, ignore: int) -> tuple[Ten
 
 def smp_segformer(num_classes: int) -> nn.Module:
     """segmentation_models_pytorch's SegFormer-B0."""
+    load_torchvision()
     import segmentation_models_pytorch as smp
 
     return smp.Segformer("mit_b0", encoder_weights=None, classes=num_classes)
