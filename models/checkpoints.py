@@ -455,6 +455,8 @@ def _load(model: SegmentationModel, state: State, path: Path | str) -> None:
         parts = [("missing", missing), ("unknown", unknown), ("of another shape", misfits)]
         detail = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in parts if keys)
         raise UserError(f"{path} does not fit {model.name} with {model.num_classes} classes{looks} ({detail})")
+    if lost := [key for key, value in wanted.items() if not state[key].to(value.dtype).isfinite().all()]:
+        raise UserError(f"{path} holds NaN or infinity ({_some(lost)}); its training failed: take an earlier one")
     model.load_state_dict(state)
 
 

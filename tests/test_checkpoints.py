@@ -219,11 +219,13 @@ def test_a_network_goes_on_with_other_classes(
         ({"linear_pred.weight": torch.tensor(1.0)}, "no class in linear_pred.weight"),
         ({"linear_pred.weight": torch.zeros(0, 256, 1, 1)}, "no class in linear_pred.weight"),
         ({"patch_embed1.proj.weight": torch.zeros(0, 3, 7, 7)}, "no model that is known"),
+        ({"norm1.weight": torch.full((32,), torch.nan)}, "NaN or infinity (norm1.weight)"),
+        ({"norm1.weight": torch.full((32,), 1e300, dtype=torch.float64)}, "NaN or infinity (norm1.weight)"),
         ({"norm1.weight": torch.zeros(32, device="meta")}, "not a state dict: norm1.weight"),
         ({"norm1.weight": torch.zeros(32).to_sparse()}, "not a state dict: norm1.weight"),
         ({"norm1.weight": torch.zeros(32, dtype=torch.complex64)}, "not a state dict: norm1.weight"),
     ],
-    ids=["a number", "no rows", "no channels", "meta", "sparse", "complex"],
+    ids=["a number", "no rows", "no channels", "NaN", "infinity", "meta", "sparse", "complex"],
 )
 def test_tensors_that_are_no_weights(odd: State, says: str, plain: State, tmp_path: Path) -> None:
     torch.save(plain | odd, tmp_path / "weights.pth")
