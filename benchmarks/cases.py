@@ -23,6 +23,7 @@ from eval.rendering import colorize
 from models import create_model
 from models.distillation import CrossSelectiveFusion, Distiller
 from models.info import METHODS
+from models.pyramid import settle
 
 NUM_OUTPUTS = CITYSCAPES.num_outputs
 NOT_INSTALLED = "not installed"
@@ -50,6 +51,8 @@ class Step:
         self.distiller, self.other, self.bf16 = distiller.to(device if other else find_device(device)), other, bf16
         if other:
             teacher.requires_grad_(True)
+        else:
+            settle(teacher, bf16=bf16)
         if compile_mode:
             distiller.compile(dynamic=False, mode=compile_mode)
         self.optimizer = AdamW(distiller.parameters(), lr=6e-5, fused=not other)

@@ -176,7 +176,7 @@ def training(sizes: Sizes, setup: Setup) -> Iterator[Row]:
                     "",
                     ours=(batch / ours.rate,),
                     items=batch,
-                    note=f"1000 epochs of Cityscapes: {CITYSCAPES_RUN / ours.rate / 3600:.0f} h",
+                    note=f"1000 epochs of Cityscapes, without validation: {CITYSCAPES_RUN / ours.rate / 3600:.0f} h",
                 )
 
 

@@ -49,6 +49,8 @@ class Cache:
         if len(self._bytes) < 16 or self._bytes[:8].tobytes() != _MAGIC:
             raise ValueError(f"{path} is no cache")
         count = int(self._bytes[8:16].view(np.int64)[0])
+        if count < 1:
+            raise ValueError(f"{path} holds nothing")
         self._index = self._bytes[16 : 16 + 24 * count].view(np.int64).reshape(count, 3)
         offset, height, width = (int(number) for number in self._index[-1])
         if len(self._bytes) != offset + _sample_bytes(height, width, full):

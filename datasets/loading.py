@@ -78,6 +78,8 @@ class Batches:
             sampler=self.keys[start:],
             batch_size=None,  # what is read is a batch already
             num_workers=self.num_workers,
+            # Python 3.14 starts them as new interpreters, which takes seconds an epoch
+            multiprocessing_context="fork" if self.num_workers and sys.platform == "linux" else None,
             pin_memory=self.pin_memory,
             worker_init_fn=_leave_interrupts_to_the_main_process,
             generator=torch.Generator(),  # else each pass would advance the global random state

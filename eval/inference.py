@@ -88,7 +88,7 @@ def evaluate(
     size before the argmax, as cityscapesScripts scores a submission.
     Among several processes (torch.distributed) each takes its share of the images and all get the result.
     The model is back in its mode (train or eval) afterwards.
-    Raises UserError if an image has no label.
+    Raises UserError if an image has no label, or the network gives NaN or infinity.
     """
     missing = next((sample.image for sample in dataset.samples if sample.label is None), None)
     if missing is not None:
@@ -96,6 +96,7 @@ def evaluate(
     classes = dataset.classes
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     matrices = [ConfusionMatrix(classes, device) for _ in dataset.samples]
+    spoilt = torch.zeros((), dtype=torch.int64, device=device)  # batches; NaN would count as the first class
     batches = evaluation_batches(
         dataset,
         batch_size=batch_size,
@@ -114,17 +115,21 @@ def evaluate(
             if protocol == "full":  # decoded while the model computes
                 full_labels = [readers.submit(dataset.full_label, index) for index in indices]
             logits = forward(model, batch, device)
+            spoilt += ~logits.isfinite().all()
             labels = batch.labels.to(device, non_blocking=True)
             for row, index in enumerate(indices):
                 prediction, label = logits[row], labels[row]
                 if protocol == "full":
-                    label = torch.as_tensor(full_labels[row].result(), device=device)
+                    label = torch.as_tensor(full_labels[row].result()).to(device, non_blocking=True)
                     prediction = upsample(prediction[: classes.num_classes], label.shape)
                 matrices[index].update(prediction[None], label[None])
             advance(len(indices))
     counts = torch.stack([matrix.counts for matrix in matrices])
     if world_size > 1:
         dist.all_reduce(counts)
+        dist.all_reduce(spoilt)
+    if spoilt:
+        raise UserError("the network's outputs are NaN or infinite: its training failed; take earlier weights")
     counts = counts.cpu()  # once, instead of for every image
     if not counts[:, : classes.num_classes].any():
         raise UserError("every label pixel of this split is ignored, as in test splits; choose a labelled --subset")

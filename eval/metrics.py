@@ -29,13 +29,15 @@ class ConfusionMatrix:
         """Count a batch.
 
         `prediction`: class indices (B, h, w), or logits (B, C, h, w) of which the largest wins.
-        `labels`: (B, h, w) of any integer type, 0..n-1, ignore = n.
+        `labels`: (B, h, w) of any integer type, 0..n-1, ignore = n; others are an error, which a GPU does not see.
         """
+        size = self.classes.num_outputs
         if prediction.is_floating_point():
+            if prediction.shape[1] > size:
+                raise ValueError(f"logits of {prediction.shape[1]} classes, where there are {size} with ignore")
             prediction = prediction.max(dim=1).indices  # on the CPU 3 times faster than argmax
         if prediction.shape != labels.shape:
             raise ValueError(f"prediction {prediction.shape} and labels {labels.shape} differ")
-        size = self.classes.num_outputs
         pairs = (labels.to(torch.int32) * size + prediction.to(torch.int32)).flatten()
         bins = size * size
         if pairs.is_cuda:  # bincount would wait for the device to know the largest value

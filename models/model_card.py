@@ -46,13 +46,19 @@ Weights keep the terms of what they were trained from. NVIDIA's MiT ImageNet wei
 use; Cityscapes and ACDC have licences of their own for non-commercial use. Set `license` above accordingly before you
 publish this.
 """
-RECIPE = (
-    *("recipe", "teacher_model", "student_model", "height", "batch_size", "accumulate", "num_epochs", "max_steps"),
-    *("lr", "betas", "weight_decay", "lr_decay_epochs", "lr_power", "flip", "shift", "precision", "seed"),
-    *("subset_every", "student_pretrained", "embed", "embed_weights", "knowledge_distillation_loss"),
+UNSAID = frozenset(
+    [
+        *("method", "network", "dataset", "parameters", "data", "teacher"),  # on the card already, or hashes
+        *("datadir", "train_list", "output_dir", "teacher_weights", "student_weights"),  # paths: nobody's business
+        *("cache", "num_workers", "device", "resume", "override", "validate_every", "validate_teacher", "save_every"),
+        *("steps_loss", "tensorboard", "visualize", "port"),
+    ]
 )
-"""Options of a run that belong on its card. Paths don't: they are nobody's business."""
-OF_TEACHING = ("teacher_model", "embed", "embed_weights", "knowledge_distillation_loss")
+"""Options of a run that don't belong on its card; all others may have changed its numbers."""
+OF_TEACHING = (
+    *("teacher_model", "embed", "embed_weights", "knowledge_distillation_loss", "review_kd_loss_weight", "lambda_cwd"),
+    *("temperature", "logits_weight", "logits_temperature"),
+)
 """Those that a run without a teacher has in vain."""
 ALONE = ("teacher", "student")  # the methods without a teacher
 PAPERS = ("TransKDBase", "TransKD_GL", "TransKD_EA", "transkd_base", "transkd_gl", "transkd_ea")
@@ -146,8 +152,8 @@ def result_section(facts: dict[str, Any], record: list[dict[str, Any]]) -> str:
 def recipe_section(options: dict[str, Any], record: list[dict[str, Any]], taught: bool) -> str:
     if not options:
         return "Nothing is recorded beside these weights."
-    keys = [key for key in RECIPE if options.get(key) is not None and (taught or key not in OF_TEACHING)]
-    text = ", ".join(f"{key} {options[key]}" for key in keys)
+    unsaid = UNSAID if taught else UNSAID | set(OF_TEACHING)
+    text = ", ".join(f"{key} {value}" for key, value in options.items() if key not in unsaid and value is not None)
     started = [event for event in record if event.get("event") == "start"]
     if not started:
         return f"Options: {text}."

@@ -180,10 +180,13 @@ class PyramidTransformer(nn.Module):
         return tuple(features), tuple(embeddings)
 
 
-def round_weights(network: nn.Module) -> None:
-    """Keep the matrices of a frozen network's blocks in bfloat16: autocast would round them anew at every call."""
-    for block in network.modules():
-        if isinstance(block, OverlapPatchEmbed | Block):
+def settle(frozen: nn.Module, *, bf16: bool) -> None:
+    """Do once what every call of a frozen network would do again: bring convolutions into their inputs' order and,
+    where autocast rounds the matrices of its blocks to `bf16`, round them.
+    """
+    frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for block in frozen.modules():
+        if bf16 and isinstance(block, OverlapPatchEmbed | Block):
             for layer in block.modules():
                 if isinstance(layer, nn.Linear | nn.Conv2d):
                     layer.to(torch.bfloat16)

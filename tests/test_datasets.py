@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -476,12 +477,26 @@ def test_truncated_cache_is_built_again(tree: Path, tmp_path: Path):
     dataset = cached(tree, tmp_path)
     path = dataset.cache.path
     whole = path.read_bytes()
-    for damage in (whole[:-1], whole[: len(whole) // 2], whole[:30], whole[:10], b"", b"x" * len(whole)):
+    empty = whole[:8] + bytes(8) + whole[16:]
+    for damage in (whole[:-1], whole + b"x", whole[:30], whole[:10], b"", b"x" * len(whole), empty):
         path.unlink()
         path.write_bytes(damage)
         with pytest.raises(ValueError):
             Cache(path)
         assert cached(tree, tmp_path).cache.path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_worker_maps_the_same_cache(tree: Path, tmp_path: Path, full: bool):
+    """As macOS starts workers: the data set is pickled, its images are not."""
+    dataset = cached(tree, tmp_path, full_labels=full)
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 20_000 < dataset.cache.path.stat().st_size
+    other = pickle.loads(pickled)
+    assert isinstance(other.cache._bytes.base, np.memmap)
+    for found, expected in zip(other[3][:2], dataset[3][:2], strict=True):
+        assert found.dtype == torch.uint8 and torch.equal(found, expected)
+    assert dataset[3].label.shape[-2:] == (dataset[3].image.shape[-2:] if full else (8, 12))
 
 
 def test_full_disk_falls_back_to_the_files(tree: Path, tmp_path: Path, capsys):

@@ -30,6 +30,8 @@ from models.model_card import model_card, read_run
 from tests.conftest import Command
 from tests.golden_data import seed
 from tests.test_peers import huggingface_config, randomise, with_segformers_eps
+from train import distill
+from train.run_folder import FREE
 from train.TransKDBase import Options as TrainingOptions
 
 IMAGES = torch.rand((2, 3, 65, 130), generator=torch.Generator().manual_seed(3))
@@ -145,6 +147,20 @@ def test_a_card_names_a_teacher_where_there_was_one(
     assert says in card and "lr 6e-05" in card
     for word in ("only the student is here", "teacher_model", "embed 5", "knowledge-distillation"):
         assert (word in card) == taught, word
+
+
+def test_a_card_tells_every_option_that_changes_numbers(weights: Path, tmp_path: Path) -> None:
+    options = distill.Options(method="response", datadir=tmp_path, crop=(64, 64)).as_json()
+    save_model(load_model(weights), tmp_path / "w.safetensors", method="response", dataset="cityscapes")
+    taken = beside(tmp_path / "w.safetensors", **options)
+    facts = read_facts(taken)
+    export = Export(
+        load_model(taken), facts, Options(weights=taken, format="hf", output=tmp_path), *read_run(taken, facts)
+    )
+    told = model_card(export).split("## Training")[1].split("\n\n")[1]
+    names = {part.split()[0] for part in told.removeprefix("Options: ").split(", ") if part[0].isalpha()}
+    bound = {key for key, value in options.items() if key not in FREE and value is not None}
+    assert names == bound - {"method", "network", "dataset", "override"} | {"num_epochs"}
 
 
 def test_facts_that_are_none_stop_nothing(

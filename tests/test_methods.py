@@ -56,6 +56,14 @@ def test_every_method_learns(name: str, teacher: SegmentationModel, monkeypatch:
     assert strip_wrappers(distiller.state_dict()).keys() == distiller.student.state_dict().keys()
 
 
+def test_what_the_baselines_weigh(teacher: SegmentationModel) -> None:
+    """As their docstrings and docs/RESULTS.md say."""
+    response, logits, cwd, skd = (build(name, teacher) for name in ("response", "cwd_logits", "cwd", "skd"))
+    assert response.logit_losses["response"][1:] == (1.0, 1.0)
+    assert logits.logit_losses["cwd_logits"][1:] == (3.0, 4.0)
+    assert (cwd.weight, cwd.temperature, skd.weight) == (50.0, 4.0, 0.5)
+
+
 @pytest.mark.parametrize("name", ["response", "cwd", "cwd_logits", "skd", "reviewkd"])
 def test_losses_stay_in_float32(name: str, teacher: SegmentationModel) -> None:
     distiller = build(name, teacher).eval()

@@ -105,6 +105,8 @@ def test_sizes_must_agree() -> None:
 def test_a_label_outside_the_classes_is_no_silent_count() -> None:
     with pytest.raises(RuntimeError):
         count((np.zeros((1, 1, 1), int), np.full((1, 1, 1), 255)))
+    with pytest.raises(ValueError, match="logits of 21 classes, where there are 20"):
+        ConfusionMatrix(CITYSCAPES).update(torch.zeros(1, 21, 1, 1), torch.zeros(1, 1, 1).long())
 
 
 @pytest.mark.parametrize(("fraction", "text"), [(0.68576, "68.58"), (0.0, "0.00"), (None, "–")])

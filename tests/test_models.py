@@ -1,11 +1,14 @@
 """Promises of a segmentation model that no golden number states."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cli import UserError
@@ -15,7 +18,7 @@ from models.distillation import Distiller
 from models.distillation.csf import SelectiveKernelFusion
 from models.distillation.losses import hierarchical_context_loss
 from models.linear import Linear
-from models.pyramid import round_weights
+from models.pyramid import settle, to_tokens
 
 MODEL = create_model("segformer_b0").eval()
 
@@ -100,17 +103,45 @@ def test_mixed_precision_keeps_losses_in_float32() -> None:
         assert loss.item() == pytest.approx(exact[name].item(), rel=0.03), name
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", ["segformer_b1", "pvt_v2_b1"])
-def test_a_frozen_network_rounded_once(name: str) -> None:
-    """What autocast would round at every step is rounded already, and the numbers are the same."""
+def test_a_frozen_network_is_settled_once(name: str, bf16: bool) -> None:
+    """What would be reordered, and rounded by autocast, at every step is so already, and the numbers are the same."""
     network, images = create_model(name).eval().requires_grad_(False), torch.rand(2, 3, 64, 96)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         before = network(images)
-        round_weights(network)
+        settle(network, bf16=bf16)
         after = network(images)
     assert all(torch.equal(a, b) for a, b in zip(tree_leaves(before), tree_leaves(after), strict=True))
     rounded = sum(p.numel() for p in network.parameters() if p.dtype == torch.bfloat16)
-    assert rounded > 0.9 * sum(p.numel() for key, p in network.named_parameters() if "block" in key)
+    of_blocks = sum(p.numel() for key, p in network.named_parameters() if "block" in key)
+    assert rounded > 0.9 * of_blocks if bf16 else rounded == 0
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the elements that operations copy into another order."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            self.elements += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("name", ["segformer_b0", "pvt_v2_b0"])
+def test_tokens_and_maps_are_the_same_memory(name: str) -> None:
+    """From the image to the last stage nothing is copied into another order."""
+    network, images = create_model(name).eval(), torch.rand(2, 3, 64, 128).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), Copies() as copies:
+        features, _ = network.encode(images)
+    assert copies.elements == 0
+    for feature in features:
+        assert to_tokens(feature).data_ptr() == feature.data_ptr()
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 64), (16, 16), (6, 12), (5, 9), (2, 4), (4, 7)])

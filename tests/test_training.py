@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,12 @@ from torch import nn
 from torch.optim.lr_scheduler import PolynomialLR
 
 from cli import UserError
-from models import create_model, load_model
-from models.checkpoints import read_facts
+from models import create_model, load_model, save_model
+from models.checkpoints import IMAGENET, read_facts
 from models.distillation import Distiller
 from tests.conftest import ROOT, Command
 from tests.golden_data import load
-from train import TransKDBase, options, student, teacher
+from train import TransKDBase, engine, options, student, teacher
 from train.optimisation import Plan, Schedule, new_optimizer
 from train.options import TrainingOptions
 from train.TransKDBase import Options
@@ -337,6 +338,98 @@ def test_flags_of_speed(flags: tuple[str, ...], command: Command, scenes: Path, 
         assert done.returncode == 0, done.stderr
     plain, other = (next(r for r in records(tmp_path / n) if r["event"] == "train") for n in ("plain", "other"))
     assert other["losses"] == pytest.approx(plain["losses"], rel=2e-2 if "bf16" in flags else 1e-5)
+    assert "bf16" not in flags or other["losses"] != plain["losses"]
+
+
+def options_of(tmp_path: Path, scenes: Path = Path(), *, kind: type[Any] = student.Options, **changes: Any) -> Any:
+    """Of a small run in this process."""
+    small = {"height": 64, "num_workers": 0, "batch_size": 2, "steps_loss": 1, "tensorboard": False, "device": "cpu"}
+    return kind(datadir=scenes, output_dir=tmp_path / "run", **small | changes)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("careful", [False, True])
+def test_how_torch_is_set_up_for_a_gpu(
+    careful: bool, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    ranks: Any = SimpleNamespace(device=torch.device("cuda"), world_size=processes, first=True)
+    attention = [getattr(torch.backends.cuda, f"{name}_sdp_enabled") for name in ("flash", "mem_efficient", "cudnn")]
+    before = options_of(tmp_path)
+    try:
+        engine.prepare(ranks, options_of(tmp_path, deterministic=careful, tf32=not careful, compile=True))
+        assert torch.get_float32_matmul_precision() == ("highest" if careful else "high")
+        assert torch.backends.cudnn.allow_tf32 is torch.backends.cudnn.benchmark is not careful
+        assert torch.are_deterministic_algorithms_enabled() is careful
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is careful
+        assert [enabled() for enabled in attention] == [not careful] * 3
+        assert torch._dynamo.config.optimize_ddp is (processes == 1)
+    finally:
+        torch._dynamo.config.optimize_ddp = True
+        for name in ("flash", "mem_efficient", "cudnn"):
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(True)
+        ranks.device = torch.device("cpu")
+        engine.prepare(ranks, before)
+
+
+def test_the_step_that_is_compiled(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(Distiller, "compile", lambda _, **how: asked.append(how))
+    student.main(options_of(tmp_path, scenes, max_steps=1, compile=True, compile_mode="reduce-overhead"))
+    assert asked == [{"dynamic": False, "mode": "reduce-overhead"}]
+
+
+def test_the_best_stays_the_best(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worse validation afterwards, and one after `--resume`, leave it alone."""
+    scores = iter([0.5, 0.3, 0.4])
+    names: dict[str, Any] = {"per_class": {}, "mean_iou_published": 0.0}
+    found = SimpleNamespace(as_json=lambda: {"mean_iou": next(scores)} | names)
+    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: found)
+    student.main(options_of(tmp_path, scenes, num_epochs=2, batch_size=10))
+    student.main(options_of(tmp_path, scenes, num_epochs=3, batch_size=10, resume=True))
+    for name in ("best.pt", "student_best.safetensors"):
+        facts = read_facts(tmp_path / "run" / name)
+        assert (facts["step"], facts["mean_iou"]) == (1, 0.5)
+    assert read_facts(tmp_path / "run" / "student.safetensors")["step"] == 3
+
+
+def test_it_is_saved_every_so_many_minutes(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count(0, 25)  # a step looks once, and so does a save
+    saved: list[int] = []
+    save = engine.Run.save
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(engine.Run, "save", lambda run, **how: (saved.append(run.state.step), save(run, **how)))
+    student.main(options_of(tmp_path, scenes, max_steps=8, num_epochs=2, save_every=1.0, validate_every=9))
+    assert saved == [3, 6, 8, 8]  # after 75 seconds, and at the end, as the best and as the last
+
+
+def test_what_the_optimizer_is_told() -> None:
+    chosen = {"lr": 0.5, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.25}
+    (group,) = new_optimizer(torch.nn.Linear(2, 2), options_of(Path(), **chosen)).param_groups
+    assert {key: group[key] for key in chosen} == chosen and group["fused"]
+
+
+def test_a_teacher_is_known_by_its_weights_and_what_they_expect() -> None:
+    network = create_model("segformer_b0")
+    before = engine.fingerprint(network)
+    network.normalisation = IMAGENET
+    normalised = engine.fingerprint(network)
+    network.to(memory_format=torch.channels_last)
+    assert engine.fingerprint(network) == normalised != before
+    with torch.no_grad():
+        network.linear_pred.bias[0] += 1
+    assert engine.fingerprint(network.to(torch.bfloat16)) not in (before, normalised)
+
+
+def test_resume_with_another_teacher(scenes: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        save_model(create_model("segformer_b0"), tmp_path / f"{seed}.safetensors")
+    taught = {"kind": Options, "teacher_model": "segformer_b0", "max_steps": 1}
+    TransKDBase.main(options_of(tmp_path, scenes, teacher_weights=tmp_path / "1.safetensors", **taught))
+    other = options_of(tmp_path, scenes, teacher_weights=tmp_path / "2.safetensors", resume=True, **taught)
+    with pytest.raises(UserError, match="teacher"):
+        TransKDBase.main(other)
 
 
 def test_published_shift(command: Command, scenes: Path, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from PIL import Image
 
 import demo
 from cli import UserError
+from models.distillation import Distiller
 from tests.conftest import ROOT, Command
-from tests.test_training import SMALL, assert_equal, records
+from tests.test_training import SMALL, assert_equal, options_of, records
+from train import engine
 from train.run_folder import load_checkpoint
 
 RUN = ("train/student.py", *SMALL, "--max-steps", 12, "--validate-every", 2)
@@ -102,6 +104,32 @@ def test_a_loss_that_is_not_a_number_stops_the_run(command: Command, scenes: Pat
     assert "the loss ce is" in done.stderr and "images leftImg8bit/train/" in done.stderr and "--lr" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "student.safetensors").exists()  # no spoilt weights
+
+
+def test_an_epochs_last_step_that_spoils_the_network(command: Command, scenes: Path, tmp_path: Path) -> None:
+    """No loss shows it: its weights are finite, and what they give is not."""
+    flags = (*RUN, "--datadir", scenes, "--output-dir", tmp_path / "run", "--batch-size", 10, "--validate-every", 1)
+    done = command(*flags, "--lr", 1e20)
+    assert done.returncode == 2 and "outputs are NaN" in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "run").glob("*.safetensors")) and not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_weights_that_are_not_numbers_are_not_saved(scenes: Path, tmp_path: Path) -> None:
+    """A gradient that overflows behind a finite loss, in the step before a save."""
+
+    def spoil(distiller: Distiller) -> None:
+        distiller.student.linear_pred.weight.register_hook(
+            lambda gradient: gradient * (torch.nan if distiller.steps == 3 else 1)
+        )
+        distiller.register_forward_pre_hook(lambda *_: setattr(distiller, "steps", getattr(distiller, "steps", 0) + 1))
+
+    options = options_of(tmp_path, scenes, max_steps=5, save_every=0.0)
+    setup = engine.start(options)
+    distiller = Distiller(options.student(setup.classes), setup.classes.weights)
+    spoil(distiller)
+    with pytest.raises(UserError, match=r"step 3 made weights NaN.*the last good state is kept"):
+        engine.train(distiller, setup, options)
+    assert load_checkpoint(tmp_path / "run")["state"]["step"] == 2
 
 
 def test_full_disk(command: Command, scenes: Path, tmp_path: Path) -> None:
@@ -199,7 +227,7 @@ def test_folder_that_cannot_be_written(command: Command, scenes: Path, tmp_path:
 def test_resume_refuses_other_options(command: Command, scenes: Path, tmp_path: Path) -> None:
     flags = (*RUN, "--datadir", scenes, "--output-dir", tmp_path / "run", "--max-steps", 2)
     assert command(*flags).returncode == 0
-    changed = ("--resume", "--lr", 1e-4, "--subset-every", 2)
+    changed = ("--resume", "--lr", 1e-4, "--weight-decay", 0.5, "--subset-every", 2)
     done = command(*flags, *changed)
     assert done.returncode == 2
     error = done.stderr.splitlines()[-1]
@@ -208,6 +236,8 @@ def test_resume_refuses_other_options(command: Command, scenes: Path, tmp_path: 
     assert command(*flags, *changed, "--override", "--max-steps", 3).returncode == 0
     last = [r for r in records(tmp_path / "run") if r["event"] == "train"][-1]
     assert last["step"] == 3 and last["lr"] == pytest.approx(1e-4, rel=0.01)  # the option in force, not the old one
+    (group,) = load_checkpoint(tmp_path / "run")["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.5
 
 
 def test_corrupt_image_in_the_middle(command: Command, tmp_path: Path) -> None:

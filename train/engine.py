@@ -8,6 +8,7 @@ state alone.
 
 import hashlib
 import math
+import os
 import signal
 import sys
 import time
@@ -27,10 +28,10 @@ from datasets.classes import Classes
 from datasets.loading import Batch, Batches, training_batches
 from datasets.transforms import to_float
 from eval.inference import evaluate
-from models import save_model
+from models import SegmentationModel, save_model
 from models.checkpoints import metadata_of, told_normalisation
 from models.distillation import Distiller
-from models.pyramid import round_weights
+from models.pyramid import settle
 from train.distributed import Ranks, until_another_ends
 from train.optimisation import AveragedWeights, Plan, Schedule, new_optimizer
 from train.options import DistillationOptions, TrainingOptions
@@ -161,7 +162,7 @@ class Run:
         self.tracker = Tracker(options, self.ranks, self.total_steps, self.state.step, self.device)
 
     def _compare(self, plan: Plan) -> None:
-        """Whether all processes, and the run that is taken up, were given the same."""
+        """Refuse processes, or a run that is taken up, that were given something else."""
         options, distiller = self.options, self.distiller
         facts = {
             "parameters": sum(p.numel() for p in distiller.student.parameters()),
@@ -201,8 +202,8 @@ class Run:
             tracker.say(f"{state.step} steps are done already; to train on, raise --num-epochs or --max-steps")
         if isinstance(options, DistillationOptions) and options.validate_teacher and self.distiller.teacher is not None:
             tracker.say(f"teacher: val mIoU {self.validate(self.distiller.teacher, 'teacher'):.2%}")
-        if options.precision == "bf16" and self.distiller.teacher is not None:
-            round_weights(self.distiller.teacher)
+        if self.distiller.teacher is not None:
+            settle(self.distiller.teacher, bf16=options.precision == "bf16")
         self.saved = time.monotonic()
         try:
             while not self.done:
@@ -294,7 +295,12 @@ class Run:
         return scores["mean_iou"] or 0.0
 
     def save(self, *, best: bool = False) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint. Raises UserError if the last step has spoilt the weights: no loss has shown it yet."""
+        if not torch.stack([value.isfinite().all() for value in self.distiller.state_dict().values()]).all():
+            raise UserError(
+                f"step {self.state.step} made weights NaN or infinite; the last good state is kept in "
+                f"{self.options.run_dir}: try a lower --lr"
+            )
         cuda = self.device.type == "cuda"
         random = self.ranks.gather([torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None])
         if self.folder is not None:
@@ -367,6 +373,8 @@ def shares(group: list[Batch], weights: torch.Tensor, ranks: Ranks) -> Iterable[
 
 def prepare(ranks: Ranks, options: TrainingOptions) -> None:
     """Set torch up for speed, or for bits that repeat."""
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else its products add up in any order
     cuda = ranks.device.type == "cuda"
     if options.precision == "bf16" and not cuda and ranks.first:
         print("warning: on a CPU without AVX512-BF16 or AMX, bf16 is far slower than fp32", file=sys.stderr)
@@ -376,6 +384,10 @@ def prepare(ranks: Ranks, options: TrainingOptions) -> None:
         raise UserError(
             f"--compile-mode {options.compile_mode} is for one process; with several take --compile without it"
         )
+    if options.compile and ranks.world_size > 1:
+        # One graph, not one for each bucket of gradients: 15 MB are too few to be worth sending early, and the parts'
+        # backward passes have failed for an epoch's smaller last batch.
+        torch._dynamo.config.optimize_ddp = False
     torch.set_float32_matmul_precision("high" if options.tf32 and cuda else "highest")
     torch.backends.cudnn.allow_tf32 = options.tf32
     torch.backends.cudnn.benchmark = not options.deterministic
@@ -386,11 +398,11 @@ def prepare(ranks: Ranks, options: TrainingOptions) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of a network's weights."""
-    digest = hashlib.sha256()
+def fingerprint(model: SegmentationModel) -> str:
+    """Hash of a network's weights, and of what it does to its input."""
+    digest = hashlib.sha256(repr(model.normalisation).encode() if model.normalisation else b"")
     for value in model.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())  # as bytes: numpy has no bfloat16
     return digest.hexdigest()[:20]
 
 

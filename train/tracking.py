@@ -57,6 +57,7 @@ class Tracker:
         self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, losses on the device, image indices
         self.images = self.steps_here = 0
         self.clock = self.started = time.perf_counter()
+        self.training = 0.0  # seconds, without validation
         self.last_line = 0.0
         self.file: FileIO | None = None
         self.writer: Any = None
@@ -115,6 +116,7 @@ class Tracker:
         now = time.perf_counter()
         images = self.ranks.world_size * sum(len(indices) for _, _, indices in self.pending)
         self.images += images
+        self.training += now - self.clock
         self.record("train", epoch, lr=lr, losses=means, images_per_second=round(images / (now - self.clock), 3))
         if self.writer is not None:
             for name, value in means.items():
@@ -181,7 +183,7 @@ class Tracker:
             CONSOLE.print(text, markup=False)
 
     def _show(self, epoch: int, lr: float, means: dict[str, float], now: float) -> None:
-        rate = self.images / (now - self.started)
+        rate = self.images / self.training
         left = (now - self.started) / self.steps_here * (self.total_steps - self.step)
         terms = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
         text = (

@@ -56,7 +56,7 @@ class SelectiveKernelFusion(StageFusion):
 
     def fuse(self, x: Tensor, y: Tensor) -> Tensor:
         s = (x + y).mean((2, 3), keepdim=True)  # (B, mid, 1, 1)
-        # among processes every one must take the same: BatchNorm over all of them gathers
+        # SyncBatchNorm waits for every process: all take the usual squeeze, one with a single image too
         z = self.fc(s) if len(s) > 1 or isinstance(self.fc[1], nn.SyncBatchNorm) else self.fc1(s)
         a_x, a_y = torch.stack([fc(z) for fc in self.fcs]).softmax(0)  # they sum to one per channel
         return a_x * x + a_y * y

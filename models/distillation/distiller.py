@@ -46,6 +46,7 @@ class Distiller(nn.Module):
 
     needs_teacher_logits = False  # TransKD's losses don't; without them the teacher's decode head does not run
     class_weights: Tensor
+    teacher: SegmentationModel | None
 
     def __init__(
         self,
@@ -71,8 +72,6 @@ class Distiller(nn.Module):
         self.register_buffer("class_weights", torch.tensor(weights), persistent=False)
         # Not a submodule: it is neither trained nor saved nor counted.
         object.__setattr__(self, "teacher", teacher and teacher.eval().requires_grad_(False))
-
-    teacher: SegmentationModel | None
 
     def distil_logits(
         self,
@@ -117,6 +116,7 @@ class Distiller(nn.Module):
             labels: (B, ceil(H/4), ceil(W/4)) or (B, H, W), train ids, the last index for ignore. Cross entropy is
                 computed at their size.
         """
+        images = images.contiguous(memory_format=torch.channels_last)  # once, for all that look at them
         student = self.student(images)
         losses = {"ce": cross_entropy(student.logits, labels, self.class_weights)}
         if self.teacher is not None:
