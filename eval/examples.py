@@ -104,7 +104,7 @@ def find_examples(
                 found[image] = _begin("worst" if image in worst else "best", data, place)
             pixels = to_float(data[place].image[None].to(device))
             height, width = data.full_label(place).shape
-            labels = upsample(model(pixels).logits[0], (height, width)).argmax(0).cpu().numpy()
+            labels = upsample(model(pixels).logits[0], (height, width)).max(0).indices.cpu().numpy()
             _add(found[image], f"{name}: {percent(evaluation['per_image'][image])}", labels)
     return [found[image] for image in (*worst, *best) if image in found], notes
 

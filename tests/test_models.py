@@ -17,8 +17,9 @@ from models import create_model
 from models.distillation import Distiller
 from models.distillation.csf import SelectiveKernelFusion
 from models.distillation.losses import hierarchical_context_loss
+from models.distillation.methods import METHODS, Settings
 from models.linear import Linear
-from models.pyramid import settle, to_tokens
+from models.pyramid import DropPath, settle, to_tokens
 
 MODEL = create_model("segformer_b0").eval()
 
@@ -119,6 +120,27 @@ def test_a_frozen_network_is_settled_once(name: str, bf16: bool) -> None:
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["transkd_gl", "transkd_ea"])
+def test_a_step_is_one_graph(method: str) -> None:
+    """As `--compile` and CUDA graphs need it, and its losses and gradients are those of a plain step."""
+    torch.manual_seed(0)
+    distiller = METHODS[method](create_model("segformer_b0"), create_model("segformer_b1"), None, Settings()).train()
+    distiller.requires_grad_(False)
+    weight = distiller.student.linear_pred.weight.requires_grad_()
+    for module in distiller.modules():
+        if isinstance(module, nn.Dropout2d | DropPath):
+            module.eval()
+    settle(distiller.teacher, bf16=False)
+    batch = torch.rand(2, 3, 64, 64), torch.randint(0, 19, (2, 16, 16))
+    found = []
+    for step in (distiller, torch.compile(distiller, backend="aot_eager", fullgraph=True, dynamic=False)):
+        losses = step(*batch)
+        (gradient,) = torch.autograd.grad(sum(losses.values()), weight)
+        found.append((losses, gradient))
+    torch.testing.assert_close(found[1], found[0])
 
 
 class Copies(TorchDispatchMode):
