@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli import UserError
 from eval.records import read_json, read_records
+from models.distillation.methods import PUBLISHED
 
 if TYPE_CHECKING:
     from models.export import Export
@@ -61,7 +62,6 @@ OF_TEACHING = (
 )
 """Those that a run without a teacher has in vain."""
 ALONE = ("teacher", "student")  # the methods without a teacher
-PAPERS = ("TransKDBase", "TransKD_GL", "TransKD_EA", "transkd_base", "transkd_gl", "transkd_ea")
 PAPER = "TransKD (Liu et al., arXiv 2202.13393)"
 
 
@@ -118,7 +118,7 @@ def training(method: str | None) -> str:
         return f"Exported from a PyTorch implementation of {PAPER}."
     if method in ALONE:
         return f"Trained without a teacher (method {method}), by a PyTorch implementation of {PAPER}."
-    if method in PAPERS:
+    if method in (*PUBLISHED, *PUBLISHED.values()):
         return f"Distilled by {method} of {PAPER}; only the student is here."
     return f"Distilled by {method}, in a PyTorch implementation of {PAPER}; only the student is here."
 

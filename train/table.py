@@ -63,7 +63,7 @@ from datasets import find_layout, synthetic
 from eval.commands import PROTOCOLS
 from models import create_model
 from models.distillation import Distiller
-from models.distillation.methods import METHODS, Settings
+from models.distillation.methods import METHODS, PUBLISHED, Settings
 from models.info import count_macs, published_macs
 from train.grid import (
     Grid,
@@ -83,7 +83,6 @@ from train.runner import Runner, slots
 
 WIDTH = 120  # of the printed table, where there is no terminal to ask
 IMAGE = 512, 1024  # for which the paper counts multiply-accumulates
-BY_SCRIPT = {"TransKDBase": "transkd_base", "TransKD_GL": "transkd_gl", "TransKD_EA": "transkd_ea"}
 HEADS = ("", "mIoU, %", "seeds", "gain", "published", "params, M", "GMACs", "steps")
 NOTES = (
     "± is the sample standard deviation over seeds. Gain: over the row's baseline, seed by seed.",
@@ -162,7 +161,7 @@ def size_of(job: Job) -> Size:
         if not isinstance(options, StudentOptions):
             return _size(create_model(options.teacher_model, outputs))  # type: ignore[attr-defined]
         student = create_model(options.student_model, outputs)
-        method = METHODS.get(BY_SCRIPT.get(options.method, options.method))
+        method = METHODS.get(PUBLISHED.get(options.method, options.method))
         if method is None or not isinstance(options, DistillationOptions):
             return _size(student)
         teacher = create_model(options.teacher_model, outputs)

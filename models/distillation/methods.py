@@ -130,3 +130,5 @@ METHODS: dict[str, Method] = {
     "skd": baseline(PairwiseDistiller),
     **LOGITS,
 }
+PUBLISHED = {"TransKDBase": "transkd_base", "TransKD_GL": "transkd_gl", "TransKD_EA": "transkd_ea"}
+"""The paper's methods: how their scripts call themselves, and their names here."""
