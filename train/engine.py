@@ -110,7 +110,7 @@ def train(distiller: Distiller, setup: Setup, options: TrainingOptions) -> None:
     del run.learner  # DistributedDataParallel, which must be gone by then
     setup.ranks.leave()
     if not run.done:
-        sys.exit(128 + (run.interrupt.signal or signal.SIGTERM))
+        sys.exit(128 + (run.interrupt.received or signal.SIGTERM))
 
 
 class Run:
@@ -208,7 +208,7 @@ class Run:
         try:
             while not self.done:
                 self.train_epoch()
-                if self.ranks.any(self.interrupt.signal is not None) and not self.done:
+                if self.ranks.any(self.interrupt.received is not None) and not self.done:
                     break
                 self.end_epoch()
         except NotFiniteError as error:
@@ -231,8 +231,8 @@ class Run:
             if self.done:
                 break
             late = time.monotonic() - self.saved > 60 * self.options.save_every
-            if self.ranks.any(late or self.interrupt.signal is not None):
-                if self.ranks.any(self.interrupt.signal is not None):
+            if self.ranks.any(late or self.interrupt.received is not None):
+                if self.ranks.any(self.interrupt.received is not None):
                     break
                 self.tracker.flush(self.state.epoch, self.schedule.lr)
                 self.save()
@@ -450,7 +450,7 @@ def restore(
 class Interrupt:
     """Within it SIGINT and SIGTERM are remembered, so that the step is finished and saved; a second one acts."""
 
-    signal: int | None = None
+    received: int | None = None
 
     def __enter__(self) -> "Interrupt":
         self.before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -461,5 +461,5 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+        self.received = number
         signal.signal(number, self.before[signal.Signals(number)])

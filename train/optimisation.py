@@ -44,7 +44,10 @@ class Plan:
         return min(self.epochs * self.steps_per_epoch, self.limit)
 
     def total_steps(self, epoch: int, batch: int, step: int) -> int:
-        """Of a run that stands in `epoch` after its `batch` steps, `step` in all: the batch may have been another."""
+        """The number of the last step, for a run that has done `batch` steps of `epoch`, and `step` steps in all.
+
+        What is left is counted by this plan; what was done may have been by another, with a batch of another size.
+        """
         if self.recipe_epoch:  # `epoch` may have been counted by other steps
             return self.limit
         of_epoch = max(self.steps_per_epoch - batch, 0)

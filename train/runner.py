@@ -106,7 +106,7 @@ class Runner:
         shown = time.monotonic()
         with Interrupt() as interrupt, display() as show:
             try:
-                while (self.waiting or self.running) and interrupt.signal is None:
+                while (self.waiting or self.running) and interrupt.received is None:
                     self.start_ready()
                     for one in list(self.running):
                         one.look()
@@ -118,12 +118,12 @@ class Runner:
                     time.sleep(self.LOOK_SECONDS)
             finally:  # also when something went wrong here
                 for one in self.running:
-                    one.process.send_signal(interrupt.signal or signal.SIGTERM)
+                    one.process.send_signal(interrupt.received or signal.SIGTERM)
                 for one in self.running:
                     one.process.wait()
-        if interrupt.signal is not None:
+        if interrupt.received is not None:
             CONSOLE.print("interrupted; the same command goes on from here")
-            sys.exit(128 + interrupt.signal)
+            sys.exit(128 + interrupt.received)
 
     def start_ready(self) -> None:
         """Start what has a place and a teacher, once no training of an earlier, killed table holds a place any more."""
