@@ -4,6 +4,7 @@ import ctypes
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -90,6 +91,9 @@ def parse(options: type[T], arguments: Sequence[str], manual: str | None = None)
         if not end.code:
             sys.stdout.flush()
             raise  # --help
+        if "Required options" in box.getvalue().split("\n", 1)[0]:
+            lacking = re.findall(r"^│ {5}([-{]\S+)", box.getvalue(), re.MULTILINE)  # their help stands further in
+            raise UserError(f"{', '.join(lacking)} must be given (--help shows all flags)") from None
         title, *text = (line.strip("╭─╮│╰╯ ") for line in box.getvalue().splitlines())
         parts = " ".join(line or "\n" for line in text).split("\n")  # between rules
         told = "; ".join(part.strip() for part in parts if part.strip() and "full helptext" not in part)
@@ -159,7 +163,7 @@ def writing(path: Path) -> Iterator[Path]:
         yield aside
         aside.replace(real)
     except OSError as error:
-        raise UserError(f"can't write {path} ({error.strerror or error}); what was there before still is") from error
+        raise UserError(f"can't write {path} ({error.strerror or error}); nothing there was changed") from error
     finally:
         with suppress(OSError):  # too long a name is refused here too
             aside.unlink(missing_ok=True)

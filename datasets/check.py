@@ -151,7 +151,7 @@ def main(options: Options) -> None:
     for problem in problems:
         console.print(f"- {problem}", markup=False, highlight=False, soft_wrap=True)
     if problems:
-        raise cli.UserError(f"{len(problems)} problems in {options.datadir}, listed above")
+        raise cli.UserError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {options.datadir}, listed above")
 
 
 if __name__ == "__main__":

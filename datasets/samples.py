@@ -158,7 +158,7 @@ def pair_listed(datadir: Path, list_file: Path, images: str, labels: str, encodi
             Path(line.split()[0]).stem for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()
         ]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list {list_file} ({error.__class__.__name__})") from error
+        raise UserError(f"cannot read the list {list_file} ({_reason(error)}); check --datadir") from error
     found = {path.stem: path for path in files_below(datadir / images) if path.suffix.lower() in IMAGE_TYPES}
     missing = [Path(name) for name in names if name not in found]
     if missing:
@@ -184,7 +184,7 @@ def restrict(samples: Sequence[Sample], list_file: Path) -> list[Sample]:
     try:
         lines = [line.strip() for line in list_file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list {list_file}: {error}") from error
+        raise UserError(f"cannot read the list {list_file} ({_reason(error)}); check the path") from error
     wanted = [line for line in lines if line and not line.startswith("#")]
 
     by_name: dict[str, list[int]] = defaultdict(list)
@@ -203,3 +203,7 @@ def restrict(samples: Sequence[Sample], list_file: Path) -> list[Sample]:
         raise UserError(f"{list_file}: several images fit {first(ambiguous)}; give more of the path")
     chosen = {by_name[line][0] for line in wanted}
     return [samples[position] for position in sorted(chosen)]
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return error.strerror or "it can't be read" if isinstance(error, OSError) else "it is no text"

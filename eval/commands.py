@@ -87,8 +87,10 @@ def iou_table(evaluation: Evaluation) -> Table:
     for name in columns:
         table.add_column(name if evaluation.conditions else "IoU", justify="right")
     scores = [part.counts.scores() for part in columns.values()]
-    for name in evaluation.counts.classes.names:
-        table.add_row(name, *(percent(part["per_class"][name]) for part in scores))
+    labelled = (evaluation.counts.tp + evaluation.counts.fn).tolist()
+    for name, pixels in zip(evaluation.counts.classes.names, labelled, strict=True):
+        wrong = "" if pixels or scores[0]["per_class"][name] is None else " (in no label)"
+        table.add_row(name + wrong, *(percent(part["per_class"][name]) for part in scores))
     table.add_section()
     means = [percent(part["mean_iou"]) for part in scores]
     table.add_row("mean", *means, style="bold")

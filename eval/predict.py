@@ -264,7 +264,10 @@ def find_inputs(inputs: Iterable[str], output_dir: Path) -> dict[Path, Path]:
             new = below(Path(*parts[:fixed]), map(Path, matches))
         if not new:
             kinds = ", ".join(SUFFIXES + video.SUFFIXES)
-            raise UserError(f"{name} is no photograph, no video, and no folder or pattern of some ({kinds})")
+            there = (
+                "there is no" if not path.exists() else "no photograph or video in" if path.is_dir() else "can't take"
+            )
+            raise UserError(f"{there} {name}; name photographs, videos, or a folder or pattern of some ({kinds})")
         found |= {file: name for file, name in new.items() if file not in found}
     return found
 

@@ -76,7 +76,7 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
     if not path.is_file():
         inside = ", ".join(sorted(file.name for file in given.glob("*.safetensors")))
         hint = f"name a file there ({inside})" if inside else "check the path, or see the model zoo in README.md"
-        raise UserError(f"no weights at {path}; {hint}")
+        raise UserError(f"no weights at {given if inside else path}; {hint}")
     if path.suffix == ".onnx":
         raise UserError(f"{path} is for eval/predict.py alone; name the weights that it was exported from")
     if path.suffix == ".safetensors":

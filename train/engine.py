@@ -130,6 +130,12 @@ class Run:
         if isinstance(options, DistillationOptions) and options.logits_weight:
             distiller.distil_logits(options.logits_weight, options.logits_temperature)
         self._compare(plan)
+        if self.ranks.first and options.batch_size > len(self.train_set):
+            print(
+                f"warning: there are {len(self.train_set)} training images, fewer than --batch-size "
+                f"{options.batch_size}: each step takes them all",
+                file=sys.stderr,
+            )
         alone = self.micro_batch == 1 < options.batch_size and not options.sync_batchnorm
         if self.ranks.first and alone and distiller.fusion is not None:
             print(
@@ -264,6 +270,8 @@ class Run:
         state, tracker = self.state, self.tracker
         over = state.batch >= self.steps_per_epoch
         due = self.done or (over and state.epoch % self.options.validate_every == 0)
+        if due:
+            self.require_finite()
         score = self.validate(self.network) if due else 0.0
         if over:
             state.epoch, state.batch = state.epoch + 1, 0
@@ -295,12 +303,8 @@ class Run:
         return scores["mean_iou"] or 0.0
 
     def save(self, *, best: bool = False) -> None:
-        """Write a checkpoint. Raises UserError if the last step has spoilt the weights: no loss has shown it yet."""
-        if not torch.stack([value.isfinite().all() for value in self.distiller.state_dict().values()]).all():
-            raise UserError(
-                f"step {self.state.step} made weights NaN or infinite; the last good state is kept in "
-                f"{self.options.run_dir}: try a lower --lr"
-            )
+        """Write a checkpoint."""
+        self.require_finite()
         cuda = self.device.type == "cuda"
         random = self.ranks.gather([torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None])
         if self.folder is not None:
@@ -315,6 +319,14 @@ class Run:
                 content["averaged"] = self.averaged.network.state_dict()
             self.folder.save(content, best=best)
         self.saved = time.monotonic()
+
+    def require_finite(self) -> None:
+        """Raise UserError if a step has spoilt the weights, which no loss has shown yet."""
+        if not torch.stack([value.isfinite().all() for value in self.distiller.state_dict().values()]).all():
+            raise UserError(
+                f"step {self.state.step} made weights NaN or infinite, by gradients as large; what was saved before is "
+                f"kept in {self.options.run_dir}: look for images of a single colour, or try a lower --lr"
+            )
 
     def keep_network(self, suffix: str, score: float) -> None:
         """Write the network's weights alone."""

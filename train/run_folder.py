@@ -166,6 +166,7 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any]:
                 raise ValueError("it is another program's")
         except Exception as error:
             problem = (str(error) or type(error).__name__).splitlines()[0]  # an empty file's error says nothing
+            problem = problem.split(". ")[0]  # torch's goes on about its flags
             print(f"warning: {path} is damaged ({problem})", file=sys.stderr)
             continue
         if name == "previous.pt":

@@ -185,7 +185,7 @@ class Tracker:
     def _show(self, epoch: int, lr: float, means: dict[str, float], now: float) -> None:
         rate = self.images / self.training
         left = (now - self.started) / self.steps_here * (self.total_steps - self.step)
-        terms = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+        terms = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         text = (
             f"epoch {epoch}  step {self.step}/{self.total_steps}  {terms}  lr {lr:.2e}  "
             f"{rate:.1f} images/s  {_duration(left)} left"

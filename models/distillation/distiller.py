@@ -148,5 +148,9 @@ class Distiller(nn.Module):
 
 def require_wider(teacher: SegmentationModel, student: SegmentationModel) -> None:
     """Raise UserError if a stage of the teacher is narrower than the student's, which is then projected down."""
-    if any(t < s for s, t in zip(student.channels, teacher.channels, strict=True)):
-        raise UserError(f"the teacher {teacher.name} is narrower than the student {student.name}; choose a wider one")
+    for stage, (s, t) in enumerate(zip(student.channels, teacher.channels, strict=True), start=1):
+        if t < s:
+            raise UserError(
+                f"the teacher {teacher.name} is narrower than the student {student.name} "
+                f"({t} instead of {s} channels in stage {stage}); choose a wider one"
+            )
