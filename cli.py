@@ -91,10 +91,11 @@ def parse(options: type[T], arguments: Sequence[str], manual: str | None = None)
         if not end.code:
             sys.stdout.flush()
             raise  # --help
-        if "Required options" in box.getvalue().split("\n", 1)[0]:
-            lacking = re.findall(r"^│ {5}([-{]\S+)", box.getvalue(), re.MULTILINE)  # their help stands further in
-            raise UserError(f"{', '.join(lacking)} must be given (--help shows all flags)") from None
         title, *text = (line.strip("╭─╮│╰╯ ") for line in box.getvalue().splitlines())
+        if title == "Required options":
+            above_rule = box.getvalue().split("│ ───")[0]
+            lacking = re.findall(r"^│ {5}(\S+)", above_rule, re.MULTILINE)  # their help stands further in
+            raise UserError(f"{', '.join(lacking)} must be given (--help shows all flags)") from None
         parts = " ".join(line or "\n" for line in text).split("\n")  # between rules
         told = "; ".join(part.strip() for part in parts if part.strip() and "full helptext" not in part)
         if not told.lower().startswith(title.lower()):

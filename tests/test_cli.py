@@ -53,6 +53,26 @@ def test_what_a_user_can_cause_is_one_line(
     assert end.value.code == 2 and line.startswith(f"error: {says}")
 
 
+@dataclass
+class Required:
+    """Something."""
+
+    name: Literal["one", "two"]
+    """What; not to be confused with --kind."""
+    to: Path
+    """Where."""
+    kind: int = 1
+    """Which."""
+
+
+@pytest.mark.parametrize(
+    ("given", "lacking"), [((), "--name, --to"), (("--to", "x"), "--name"), (("--name", "one", "--kind", 2), "--to")]
+)
+def test_what_must_be_given_is_named_alone(given: tuple[object, ...], lacking: str) -> None:
+    with pytest.raises(UserError, match=rf"^{lacking} must be given \(--help shows all flags\)$"):
+        cli.parse(Required, [str(word) for word in given])
+
+
 @pytest.mark.parametrize("error", [OSError("no path"), KeyError("ours"), RuntimeError("ours")])
 def test_our_own_mistakes_keep_their_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["command"])

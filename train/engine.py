@@ -240,9 +240,23 @@ class Run:
             if self.ranks.any(late or self.interrupt.received is not None):
                 if self.ranks.any(self.interrupt.received is not None):
                     break
-                self.tracker.flush(self.state.epoch, self.schedule.lr)
+                self.look()
                 self.save()
+        self.look()
+
+    def look(self) -> None:
+        """Log the losses, and go no further, neither validating nor saving, with weights that a step has spoilt.
+
+        Raises:
+            NotFiniteError: a loss is not finite.
+            UserError: weights are not finite, which no loss has shown yet.
+        """
         self.tracker.flush(self.state.epoch, self.schedule.lr)
+        if not torch.stack([value.isfinite().all() for value in self.distiller.state_dict().values()]).all():
+            raise UserError(
+                f"step {self.state.step} made weights NaN or infinite, by gradients as large; what was saved before is "
+                f"kept in {self.options.run_dir}: look for images of a single colour, or try a lower --lr"
+            )
 
     def step(self, group: list[Batch]) -> None:
         """One step of the optimizer, by a global batch in parts whose gradients add up."""
@@ -270,8 +284,6 @@ class Run:
         state, tracker = self.state, self.tracker
         over = state.batch >= self.steps_per_epoch
         due = self.done or (over and state.epoch % self.options.validate_every == 0)
-        if due:
-            self.require_finite()
         score = self.validate(self.network) if due else 0.0
         if over:
             state.epoch, state.batch = state.epoch + 1, 0
@@ -304,7 +316,6 @@ class Run:
 
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint."""
-        self.require_finite()
         cuda = self.device.type == "cuda"
         random = self.ranks.gather([torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None])
         if self.folder is not None:
@@ -319,14 +330,6 @@ class Run:
                 content["averaged"] = self.averaged.network.state_dict()
             self.folder.save(content, best=best)
         self.saved = time.monotonic()
-
-    def require_finite(self) -> None:
-        """Raise UserError if a step has spoilt the weights, which no loss has shown yet."""
-        if not torch.stack([value.isfinite().all() for value in self.distiller.state_dict().values()]).all():
-            raise UserError(
-                f"step {self.state.step} made weights NaN or infinite, by gradients as large; what was saved before is "
-                f"kept in {self.options.run_dir}: look for images of a single colour, or try a lower --lr"
-            )
 
     def keep_network(self, suffix: str, score: float) -> None:
         """Write the network's weights alone."""
