@@ -94,7 +94,8 @@ def parse(options: type[T], arguments: Sequence[str], manual: str | None = None)
         title, *text = (line.strip("╭─╮│╰╯ ") for line in box.getvalue().splitlines())
         if title == "Required options":
             above_rule = box.getvalue().split("│ ───")[0]
-            lacking = re.findall(r"^│ {5}(\S+)", above_rule, re.MULTILINE)  # their help stands further in
+            # Their help stands further in; a line of choices may go on without a dash or brace.
+            lacking = re.findall(r"^│ {5}([-{]\S+)", above_rule, re.MULTILINE)
             raise UserError(f"{', '.join(lacking)} must be given (--help shows all flags)") from None
         parts = " ".join(line or "\n" for line in text).split("\n")  # between rules
         told = "; ".join(part.strip() for part in parts if part.strip() and "full helptext" not in part)

@@ -57,7 +57,9 @@ def test_what_a_user_can_cause_is_one_line(
 class Required:
     """Something."""
 
-    name: Literal["one", "two"]
+    name: Literal[
+        "one", "seventy_seven_million", "eight_hundred_thousand", "ninety_nine_billion", "ten_thousand_and_one"
+    ]
     """What; not to be confused with --kind."""
     to: Path
     """Where."""
