@@ -6,20 +6,17 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import tyro
 
+from errors import UserError
+
 T = TypeVar("T")
 MANY = 1000  # processes; as many and more are a mistake that could bring a machine down
-
-
-class UserError(Exception):
-    """Something the user can put right. The message is one line: what is wrong, and what to do."""
 
 
 def run(main: Callable[[T], None], options: type[T]) -> None:
@@ -31,7 +28,9 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
     traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what a terminal can't show
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a file's name may hold what a terminal can't show
     try:
         main(parse(options, sys.argv[1:], sys.modules[main.__module__].__doc__))
         sys.stdout.flush()
@@ -39,7 +38,9 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
         _refuse(str(error))
     except (MemoryError, RuntimeError) as error:
         # torch has an exception of its own for a GPU's memory, and none for the host's
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not isinstance(
+            error, MemoryError | torch.OutOfMemoryError
+        ) and "can't allocate memory" not in str(error):
             raise
         _refuse("out of memory; lower --batch-size or --height, or split batches by --accumulate")
     except OverflowError as error:
@@ -56,7 +57,9 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
             _refuse("can't write the output (no space left); make room, or send it elsewhere")
         if error.filename is None:
             raise
-        _refuse(f"can't use {error.filename} ({error.strerror}); check the path and its permissions")
+        _refuse(
+            f"can't use {error.filename} ({error.strerror}); check the path and its permissions"
+        )
 
 
 def _forget_output() -> None:
@@ -96,9 +99,13 @@ def parse(options: type[T], arguments: Sequence[str], manual: str | None = None)
             above_rule = box.getvalue().split("│ ───")[0]
             # Their help stands further in; a line of choices may go on without a dash or brace.
             lacking = re.findall(r"^│ {5}([-{]\S+)", above_rule, re.MULTILINE)
-            raise UserError(f"{', '.join(lacking)} must be given (--help shows all flags)") from None
+            raise UserError(
+                f"{', '.join(lacking)} must be given (--help shows all flags)"
+            ) from None
         parts = " ".join(line or "\n" for line in text).split("\n")  # between rules
-        told = "; ".join(part.strip() for part in parts if part.strip() and "full helptext" not in part)
+        told = "; ".join(
+            part.strip() for part in parts if part.strip() and "full helptext" not in part
+        )
         if not told.lower().startswith(title.lower()):
             told = f"{title}: {told}"
         raise UserError(f"{told[0].lower()}{told[1:]} (--help shows all flags)") from None
@@ -123,7 +130,9 @@ def find_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()  # which "meta", that computes nothing, refuses
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} does not work here; use cpu or auto") from error
-    if device.type == "cuda" and device.index is not None:  # else pinned memory would wake the first GPU as well
+    if (
+        device.type == "cuda" and device.index is not None
+    ):  # else pinned memory would wake the first GPU as well
         torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -140,32 +149,3 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's end is never given back
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it. Raises UserError if that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't make the folder {folder} ({error.strerror}); choose another one") from error
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path`, or of what a link there leads to, when the block ends well.
-
-    Raises:
-        UserError: the disk is full, the folder can't be written, or `path` is no file; it is as it was.
-    """
-    real = Path(os.path.realpath(path))
-    aside = real.parent / f".{real.name}.{os.getpid()}"
-    try:
-        if real.exists() and not real.is_file():
-            raise UserError(f"can't write {path}, which is a folder or a device; name a file")
-        yield aside
-        aside.replace(real)
-    except OSError as error:
-        raise UserError(f"can't write {path} ({error.strerror or error}); nothing there was changed") from error
-    finally:
-        with suppress(OSError):  # too long a name is refused here too
-            aside.unlink(missing_ok=True)

@@ -17,9 +17,10 @@ from PIL import Image
 
 import cli
 from datasets import open_split
-from eval.records import read_json
+from errors import UserError
 from eval.rendering import colorize, legend, side_by_side
 from eval.report import Run, write_report
+from files import read_json
 from train.run_folder import holds_run
 
 ROOT = Path(__file__).resolve().parent
@@ -71,7 +72,9 @@ class Options:
 
 def main(options: Options) -> None:
     started = time.monotonic()
-    options = replace(options, output_dir=options.output_dir.absolute())  # the commands run in another folder
+    options = replace(
+        options, output_dir=options.output_dir.absolute()
+    )  # the commands run in another folder
     out, data = options.output_dir, options.output_dir / "data"
     for name in ("cityscapes", "ACDC"):
         small = name == "ACDC"  # four weathers, to look at and to evaluate on
@@ -81,7 +84,11 @@ def main(options: Options) -> None:
             *("--height", options.height, "--width", 2 * options.height),
         )
 
-    runs = {"teacher": out / "teacher", "student alone": out / "student", "TransKD-Base": out / "TransKDBase"}
+    runs = {
+        "teacher": out / "teacher",
+        "student alone": out / "student",
+        "TransKD-Base": out / "TransKDBase",
+    }
     few = ("--subset-every", options.subset_every)
     train("teacher.py", runs["teacher"], options, options.teacher_epochs, "--from-scratch")
     train("student.py", runs["student alone"], options, options.student_epochs, *few)
@@ -92,9 +99,31 @@ def main(options: Options) -> None:
         print(f"\n{name}", flush=True)
         weights = run / ("teacher.safetensors" if name == "teacher" else "student.safetensors")
         common = ("--weights", weights, "--height", options.height, "--num-workers", 0)
-        python("eval/eval_cityscapes_iou.py", "--datadir", data / "cityscapes", *common, "--json", run / "eval.json")
-        python("eval/eval_ACDC_iou.py", "--datadir", data / "ACDC", *common, "--json", run / "weathers.json")
-        colour = ("--datadir", data / "cityscapes", *common, "--size", "full", "--output-dir", run / "color")
+        python(
+            "eval/eval_cityscapes_iou.py",
+            "--datadir",
+            data / "cityscapes",
+            *common,
+            "--json",
+            run / "eval.json",
+        )
+        python(
+            "eval/eval_ACDC_iou.py",
+            "--datadir",
+            data / "ACDC",
+            *common,
+            "--json",
+            run / "weathers.json",
+        )
+        colour = (
+            "--datadir",
+            data / "cityscapes",
+            *common,
+            "--size",
+            "full",
+            "--output-dir",
+            run / "color",
+        )
         python("eval/eval_cityscapes_color.py", *colour)
 
     scores = {name: read_json(run / "eval.json") or {} for name, run in runs.items()}
@@ -124,8 +153,23 @@ def train(script: str, run: Path, options: Options, epochs: int, *flags: object)
     """Train, or go on with a training that was interrupted."""
     resume = ("--resume",) if holds_run(run) else ()
     python(
-        *(f"train/{script}", "--datadir", options.output_dir / "data" / "cityscapes", "--output-dir", run),
-        *("--height", options.height, "--num-workers", 0, "--batch-size", options.batch_size, "--seed", options.seed),
+        *(
+            f"train/{script}",
+            "--datadir",
+            options.output_dir / "data" / "cityscapes",
+            "--output-dir",
+            run,
+        ),
+        *(
+            "--height",
+            options.height,
+            "--num-workers",
+            0,
+            "--batch-size",
+            options.batch_size,
+            "--seed",
+            options.seed,
+        ),
         *("--num-epochs", epochs, "--lr", options.lr, "--lr-decay-epochs", epochs + 1),
         *("--validate-every", max(1, epochs // 10), "--steps-loss", 10, *flags, *resume),
     )
@@ -139,7 +183,9 @@ def weathers(run: Path) -> dict[str, Any]:
 
 def comparisons(options: Options, runs: dict[str, Path]) -> list[tuple[str, Image.Image]]:
     """Image, truth and the three predictions side by side, for some validation scenes."""
-    dataset = open_split("cityscapes", options.output_dir / "data" / "cityscapes", "val", cache=False)
+    dataset = open_split(
+        "cityscapes", options.output_dir / "data" / "cityscapes", "val", cache=False
+    )
     rows = []
     for index in np.linspace(0, len(dataset) - 1, options.pictures).astype(int).tolist():
         name = dataset.samples[index].name
@@ -157,7 +203,7 @@ def python(*arguments: object) -> None:
     command = [sys.executable, *map(str, arguments)]
     print("\n$ python " + " ".join(command[1:]), flush=True)
     if code := subprocess.run(command, cwd=ROOT).returncode:
-        raise cli.UserError(
+        raise UserError(
             f"the command above ended with exit code {code}; run `make demo` again to go on, "
             "or choose another --output-dir"
         )

@@ -25,6 +25,7 @@ from benchmarks.cases import CASES
 from benchmarks.gpu import gpu
 from benchmarks.measure import FULL, QUICK, Row, Sizes, machine
 from eval.options import claim_file
+from files import atomic_write
 
 ALL = CASES | {"gpu": gpu}
 
@@ -63,14 +64,24 @@ def cells(row: Row) -> tuple[str, ...]:
     if row.what == "time" and ours and row.items > 1:
         ours, theirs = ours / row.items, theirs and theirs / row.items
         note = "; ".join(filter(None, (f"{1 / ours:.3g} images/s", note)))
-    return row.name, ratio, target, amount(ours, row.what), amount(theirs, row.what), row.other, note
+    return (
+        row.name,
+        ratio,
+        target,
+        amount(ours, row.what),
+        amount(theirs, row.what),
+        row.other,
+        note,
+    )
 
 
 def table(rows: Sequence[Row], facts: dict[str, Any]) -> Table:
     """All rows, and the machine beneath."""
     result = Table(caption=described(facts), caption_justify="left")
     for column in ("", "ratio", "target", "ours", "other", "the other", ""):
-        result.add_column(column, justify="right" if column in ("ratio", "ours", "other") else "left")
+        result.add_column(
+            column, justify="right" if column in ("ratio", "ours", "other") else "left"
+        )
     for row in rows:
         result.add_row(*cells(row))
     return result
@@ -96,7 +107,9 @@ def main(options: Options) -> None:
             if options.only in (None, name):
                 print(f"{name} …", file=sys.stderr)
                 for row in case(sizes):
-                    rows.append(replace(row, target=None) if options.quick else row)  # targets are for full size
+                    rows.append(
+                        replace(row, target=None) if options.quick else row
+                    )  # targets are for full size
     finally:  # a case that fails, or is interrupted, takes no other's figures with it
         show(rows, facts, sizes, options.json)
 
@@ -107,7 +120,7 @@ def show(rows: Sequence[Row], facts: dict[str, Any], sizes: Sizes, file: Path | 
     Console(width=width).print(table(rows, facts))
     if file is not None:
         content = {"machine": facts, "sizes": vars(sizes), "rows": [row.as_json() for row in rows]}
-        with cli.writing(file) as aside:
+        with atomic_write(file) as aside:
             aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

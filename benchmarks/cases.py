@@ -46,9 +46,17 @@ class Step:
         channels = student.channels, teacher.channels
         fusion, alignment = CrossSelectiveFusion(*channels), METHODS[method](*channels)
         if other:
-            student, teacher = (published.HuggingFaceSegFormer(network, "eager") for network in (student, teacher))
-        distiller = Distiller(student, CITYSCAPES.weights, teacher=teacher, fusion=fusion, alignment=alignment)
-        self.distiller, self.other, self.bf16 = distiller.to(device if other else find_device(device)), other, bf16
+            student, teacher = (
+                published.HuggingFaceSegFormer(network, "eager") for network in (student, teacher)
+            )
+        distiller = Distiller(
+            student, CITYSCAPES.weights, teacher=teacher, fusion=fusion, alignment=alignment
+        )
+        self.distiller, self.other, self.bf16 = (
+            distiller.to(device if other else find_device(device)),
+            other,
+            bf16,
+        )
         if other:
             teacher.requires_grad_(True)
         else:
@@ -58,11 +66,15 @@ class Step:
         self.optimizer = AdamW(distiller.parameters(), lr=6e-5, fused=not other)
         h, w = sizes.height, 2 * sizes.height
         self.images = torch.rand(sizes.batch, 3, h, w).to(device)
-        self.labels = torch.randint(0, NUM_OUTPUTS, (sizes.batch, h // 4, w // 4), dtype=torch.uint8).to(device)
+        self.labels = torch.randint(
+            0, NUM_OUTPUTS, (sizes.batch, h // 4, w // 4), dtype=torch.uint8
+        ).to(device)
 
     def __call__(self) -> dict[str, Tensor]:
         if self.other:
-            return published.published_step(self.distiller, self.optimizer, self.images, self.labels)
+            return published.published_step(
+                self.distiller, self.optimizer, self.images, self.labels
+            )
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.bf16):
             losses = self.distiller(self.images, self.labels)
@@ -101,8 +113,14 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
     ours = create_model("segformer_b0").eval()
     images = torch.rand(1, 3, sizes.height, 2 * sizes.height)
     peers: dict[str, tuple[str, Callable[[], nn.Module]]] = {
-        "transformers": ("Hugging Face, SDPA", partial(published.HuggingFaceSegFormer, ours, "sdpa")),
-        "segmentation_models_pytorch": ("segmentation_models.pytorch", partial(published.smp_segformer, NUM_OUTPUTS)),
+        "transformers": (
+            "Hugging Face, SDPA",
+            partial(published.HuggingFaceSegFormer, ours, "sdpa"),
+        ),
+        "segmentation_models_pytorch": (
+            "segmentation_models.pytorch",
+            partial(published.smp_segformer, NUM_OUTPUTS),
+        ),
     }
     for package, (peer, build) in peers.items():
         if not find_spec(package):
@@ -116,8 +134,12 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
 def drawn_scenes(folder: Path, sizes: Sizes, count: int = 3) -> SceneDataset:
     """A validation split of drawn photographs with labels, read through a new cache."""
     with redirect_stderr(StringIO()):
-        write_dataset(folder / "data", train=0, val=count, height=sizes.pixels, width=2 * sizes.pixels)
-        return open_split("cityscapes", folder / "data", "val", height=sizes.height, cache_dir=folder / "cache")
+        write_dataset(
+            folder / "data", train=0, val=count, height=sizes.pixels, width=2 * sizes.pixels
+        )
+        return open_split(
+            "cityscapes", folder / "data", "val", height=sizes.height, cache_dir=folder / "cache"
+        )
 
 
 def sample(sizes: Sizes) -> Iterator[Row]:
@@ -176,7 +198,9 @@ def colour(sizes: Sizes) -> Iterator[Row]:
     labels = label_maps(sizes.pixels)[1][0].numpy()
     palette = CITYSCAPES.palette.tolist()
     times = in_turn(
-        lambda: colorize(labels, CITYSCAPES), lambda: published.colour_by_loop(labels, palette), 5 * sizes.repeats
+        lambda: colorize(labels, CITYSCAPES),
+        lambda: published.colour_by_loop(labels, palette),
+        5 * sizes.repeats,
     )
     yield Row(f"colour, {sizes.pixels}×{2 * sizes.pixels}", "loop over classes", "time", *times, 10)
 

@@ -32,7 +32,10 @@ class Setup:
 
     device: str = "cuda"
     bf16: bool = True
-    compile_modes: tuple[str, ...] = ("default", "reduce-overhead")  # the second replays CUDA graphs
+    compile_modes: tuple[str, ...] = (
+        "default",
+        "reduce-overhead",
+    )  # the second replays CUDA graphs
     batches: tuple[int, ...] = (2, 8, 16)
     warmup: int = 5  # compilation, cuDNN's search
     repeats: int = 20
@@ -112,7 +115,13 @@ def peak_memory(run: Run) -> int:
 
 
 def step_cost(
-    other: bool, sizes: Sizes, setup: Setup, compile_mode: str | None = None, *, tf32: bool = True, loaded: bool = False
+    other: bool,
+    sizes: Sizes,
+    setup: Setup,
+    compile_mode: str | None = None,
+    *,
+    tf32: bool = True,
+    loaded: bool = False,
 ) -> Cost:
     """What a training step costs; where `loaded`, with reading its images as well."""
     forget(setup.device)
@@ -130,7 +139,9 @@ def loaded_rate(step: Step, sizes: Sizes, setup: Setup) -> float:
     """Images a second of training from the cache, when the batches that workers have read ahead are used up."""
     with tempfile.TemporaryDirectory() as folder:
         start, ahead = 0.0, 2 * setup.workers
-        for number, batch in enumerate(repeated(Path(folder), sizes, setup, 1 + ahead + setup.loaded_steps)):
+        for number, batch in enumerate(
+            repeated(Path(folder), sizes, setup, 1 + ahead + setup.loaded_steps)
+        ):
             step.images, step.labels = to_device(batch, torch.device(setup.device))
             step()
             if number == ahead:
@@ -160,9 +171,13 @@ def training(sizes: Sizes, setup: Setup) -> Iterator[Row]:
     """Steps in bf16, compiled in every mode, against the published way in fp32 and, which is stricter, in TF32."""
     for batch in setup.batches:
         sized = replace(sizes, batch=batch)
-        theirs = {name: step_cost(True, sized, setup, tf32=name == "TF32") for name in ("fp32", "TF32")}
+        theirs = {
+            name: step_cost(True, sized, setup, tf32=name == "TF32") for name in ("fp32", "TF32")
+        }
         for mode in setup.compile_modes or (None,):
-            about = f"batch {batch}, {sizes.height}×{2 * sizes.height}" + (f", compiled ({mode})" if mode else "")
+            about = f"batch {batch}, {sizes.height}×{2 * sizes.height}" + (
+                f", compiled ({mode})" if mode else ""
+            )
             name = f"{METHOD} on {setup.device}: training step, {about}"
             ours = step_cost(False, sized, setup, mode, loaded=True)
             for kind, cost in theirs.items():
@@ -193,7 +208,9 @@ def evaluation(sizes: Sizes, setup: Setup) -> Iterator[Row]:
         for batch in (1, 16):
             images = torch.rand(batch, 3, sizes.height, 2 * sizes.height, device=setup.device)
             ours, theirs = (seconds(prediction(model, images), setup) for model in models)
-            about = f"batch {batch}, {sizes.height}×{2 * sizes.height}" + (f", compiled ({mode})" if mode else "")
+            about = f"batch {batch}, {sizes.height}×{2 * sizes.height}" + (
+                f", compiled ({mode})" if mode else ""
+            )
             name = f"SegFormer-B0 on {setup.device}: evaluation, fp32, {about}"
             other = "Hugging Face, SDPA" + (", compiled alike" if mode else "")
             yield Row(name, other, "time", ours, theirs, items=batch)

@@ -89,10 +89,15 @@ def apart(
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.cases"])
-    with ProcessPoolExecutor(1, mp_context=context) as first, ProcessPoolExecutor(1, mp_context=context) as second:
+    with (
+        ProcessPoolExecutor(1, mp_context=context) as first,
+        ProcessPoolExecutor(1, mp_context=context) as second,
+    ):
         for side, build in ((first, ours), (second, theirs)):
             side.submit(_build, build, sizes, torch.get_num_threads()).result()
-        times = in_turn(lambda: first.submit(_call).result(), lambda: second.submit(_call).result(), repeats)
+        times = in_turn(
+            lambda: first.submit(_call).result(), lambda: second.submit(_call).result(), repeats
+        )
         return times, (first.submit(_growth).result(), second.submit(_growth).result())
 
 
@@ -122,7 +127,9 @@ def machine() -> dict[str, Any]:
     """What the figures depend on, with the rates that bound them: matrix products and copying."""
     a, b = torch.rand(2, 1536, 1536)
     source, target = torch.rand(2, 2**24)
-    products, copies = (median(seconds) for seconds in in_turn(lambda: a @ b, lambda: target.copy_(source), 7))
+    products, copies = (
+        median(seconds) for seconds in in_turn(lambda: a @ b, lambda: target.copy_(source), 7)
+    )
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {

@@ -40,15 +40,24 @@ class HuggingFaceSegFormer(SegmentationModel):
         shape = huggingface_shape(ours.name) | {"num_labels": ours.num_classes}
         config = SegformerConfig(**shape)
         self.net: Any = SegformerForSemanticSegmentation.from_pretrained(
-            None, config=config, state_dict=to_huggingface(ours.state_dict()), attn_implementation=attention
+            None,
+            config=config,
+            state_dict=to_huggingface(ours.state_dict()),
+            attn_implementation=attention,
         )
         for name, module in self.net.named_modules():
-            if isinstance(module, nn.LayerNorm) and "patch_embeddings" not in name and "reduction" not in name:
+            if (
+                isinstance(module, nn.LayerNorm)
+                and "patch_embeddings" not in name
+                and "reduction" not in name
+            ):
                 module.eps = 1e-6  # theirs is 1e-5 everywhere
         self.embeddings: list[Tensor] = []
         encoder_stages: Any = self.net.segformer.stages
         for stage in encoder_stages:
-            stage.patch_embeddings.register_forward_hook(lambda *call: self.embeddings.append(call[-1][0]))
+            stage.patch_embeddings.register_forward_hook(
+                lambda *call: self.embeddings.append(call[-1][0])
+            )
         self.train(ours.training)
 
     def forward(self, images: Tensor, logits: bool = True) -> SegmentationOutput:
@@ -58,7 +67,9 @@ class HuggingFaceSegFormer(SegmentationModel):
         return SegmentationOutput(output.logits, output.hidden_states, embeddings)
 
 
-def published_step(distiller: Distiller, optimizer: Optimizer, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def published_step(
+    distiller: Distiller, optimizer: Optimizer, images: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
     """One training step: the teacher's head runs too, and the losses' gradients flow back through its encoder.
 
     No optimizer ever sees those gradients: they only pile up beside the teacher's weights.
@@ -74,7 +85,9 @@ def published_step(distiller: Distiller, optimizer: Optimizer, images: Tensor, l
     return losses
 
 
-def one_hot_counts(prediction: Tensor, labels: Tensor, num_outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+def one_hot_counts(
+    prediction: Tensor, labels: Tensor, num_outputs: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """tp, fp and fn (n,) of two int64 maps (B, H, W) by products of one-hot maps; the last index is ignored."""
     n = num_outputs - 1
     shape = (len(labels), num_outputs, *labels.shape[1:])
@@ -99,8 +112,14 @@ def read_sample(image: Path, label: Path, height: int, ignore: int) -> tuple[Ten
     """Decode a photograph and its train ids, resize to `height` and to a quarter of it, 255 becomes `ignore`."""
     photograph = Image.open(image).convert("RGB")
     width = int(height * photograph.width / photograph.height)
-    pixels = np.array(photograph.resize((width, height), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-    ids = np.array(Image.open(label).resize((int(width / 4 + 0.5), int(height / 4 + 0.5)), Image.Resampling.NEAREST))
+    pixels = np.array(photograph.resize((width, height), Image.Resampling.BILINEAR)).transpose(
+        2, 0, 1
+    )
+    ids = np.array(
+        Image.open(label).resize(
+            (int(width / 4 + 0.5), int(height / 4 + 0.5)), Image.Resampling.NEAREST
+        )
+    )
     ids[ids == 255] = ignore
     return torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(ids)
 

@@ -10,7 +10,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import UserError
 from datasets import acdc, cityscapes, nyuv2, voc2012
 from datasets.cache import default_cache_dir
 from datasets.classes import CITYSCAPES, Classes
@@ -18,6 +17,7 @@ from datasets.loading import Batch, evaluation_batches, training_batches
 from datasets.samples import Layout, Pairing, Sample, restrict
 from datasets.scenes import Item, SceneDataset
 from datasets.transforms import Augmentation, to_float
+from errors import UserError
 
 __all__ = [
     "CITYSCAPES",
@@ -50,13 +50,17 @@ def find_layout(dataset: str) -> Layout:
     raise UserError(f"no data set is called {dataset!r}; choose one of {', '.join(DATASETS)}")
 
 
-def find_split(dataset: str, datadir: Path | str, subset: str, *, conditions: Sequence[str] | None = None) -> Pairing:
+def find_split(
+    dataset: str, datadir: Path | str, subset: str, *, conditions: Sequence[str] | None = None
+) -> Pairing:
     """Pair the files of a split. Raises UserError for a folder that is missing or holds no image,
     and for names that the data set doesn't know; files without partner are reported in the result.
     """
     layout, datadir = find_layout(dataset), Path(datadir)
     if subset not in layout.subsets:
-        raise UserError(f"{layout.name} has no subset {subset!r}; choose {', '.join(layout.subsets)}")
+        raise UserError(
+            f"{layout.name} has no subset {subset!r}; choose {', '.join(layout.subsets)}"
+        )
     for condition in conditions or ():
         if condition not in layout.conditions:
             known = ", ".join(layout.conditions) or "it has none"
@@ -95,7 +99,9 @@ def open_split(
     or unpaired files, and for bad options.
     """
     if height < 32:
-        raise UserError(f"--height {height} is too small for a network of stride 32; use at least 32")
+        raise UserError(
+            f"--height {height} is too small for a network of stride 32; use at least 32"
+        )
     if every < 1:
         raise UserError(f"a subset of every {every}-th image makes no sense; use 1 or more")
     layout = find_layout(dataset)
@@ -107,7 +113,11 @@ def open_split(
     if require_labels and (problems := pairing.problems()):
         raise UserError(f"{'; '.join(problems)} in {datadir}; expected {layout.expects(subset)}")
     scenes = SceneDataset(
-        pairing.samples[::every], layout.classes, height=height, augment=augment, full_labels=full_labels
+        pairing.samples[::every],
+        layout.classes,
+        height=height,
+        augment=augment,
+        full_labels=full_labels,
     )
     if cache:
         scenes.use_cache(cache_dir or default_cache_dir(), f"{layout.name}-{subset}-{height}")

@@ -24,8 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from cli import UserError
 from datasets.transforms import label_size
+from errors import UserError
 
 _MAGIC = b"TransKD1"
 _MARGIN = 256 * 2**20
@@ -77,7 +77,11 @@ def fingerprint(files: Sequence[Path], *settings: object) -> str:
             stat = path.stat()
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        digest.update(f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        digest.update(
+            f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(
+                errors="surrogateescape"
+            )
+        )
     return digest.hexdigest()[:20]
 
 
@@ -117,7 +121,9 @@ def open_cache(directory: Path, identity: str, version: str, source: Source) -> 
             _build(path, source)
             return Cache(path, full=full)
     except OSError as error:
-        _note(f"no cache in {directory} ({error.strerror or error}); reading the image files directly")
+        _note(
+            f"no cache in {directory} ({error.strerror or error}); reading the image files directly"
+        )
         return None
 
 
@@ -143,7 +149,9 @@ def _fill(fd: int, path: Path, source: Source) -> None:
     pool = ThreadPoolExecutor()
     try:
         shapes = np.array(list(pool.map(source.size, range(count))), np.int64)
-        lengths = [_sample_bytes(int(height), int(width), source.full_labels) for height, width in shapes]
+        lengths = [
+            _sample_bytes(int(height), int(width), source.full_labels) for height, width in shapes
+        ]
         offsets = 16 + 24 * count + np.cumsum([0, *lengths])
         total, free = int(offsets[-1]), shutil.disk_usage(path.parent).free
         if free < total + _MARGIN:
@@ -154,7 +162,9 @@ def _fill(fd: int, path: Path, source: Source) -> None:
         futures = [pool.submit(copy, i) for i in range(count)]
         console = Console(stderr=True)
         quiet = not console.is_terminal
-        for done in track(as_completed(futures), "resizing", count, console=console, transient=True, disable=quiet):
+        for done in track(
+            as_completed(futures), "resizing", count, console=console, transient=True, disable=quiet
+        ):
             done.result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -23,7 +23,9 @@ from datasets import DATASETS, find_layout, find_split
 from datasets.classes import Classes
 from datasets.samples import Sample
 from datasets.scenes import read_image, read_label
+from errors import UserError
 from eval.options import claim_file
+from files import atomic_write
 
 
 @dataclass
@@ -73,8 +75,10 @@ def look(sample: Sample, classes: Classes) -> Look:
             label = read_label(sample, classes)
             found.pixels = np.bincount(label.ravel(), minlength=classes.num_outputs)
             if label.shape != (image.height, image.width):
-                found.problem = f"{sample.label} is {label.shape[0]}×{label.shape[1]}, its image {found.size}"
-    except cli.UserError as error:
+                found.problem = (
+                    f"{sample.label} is {label.shape[0]}×{label.shape[1]}, its image {found.size}"
+                )
+    except UserError as error:
         found.problem = str(error)
     return found
 
@@ -93,18 +97,24 @@ def check(options: Options) -> dict[str, Finding]:
     for subset in layout.subsets:
         try:
             pairing = find_split(options.dataset, options.datadir, subset)
-        except cli.UserError as error:
+        except UserError as error:
             missing[subset] = str(error)
             continue
         total = findings.setdefault(subset, Finding())
         if subset != "test":  # its labels are not public
-            total.problems += [f"{problem}; expected {layout.expects(subset)}" for problem in pairing.problems()]
+            total.problems += [
+                f"{problem}; expected {layout.expects(subset)}" for problem in pairing.problems()
+            ]
         with ThreadPoolExecutor() as pool:
             looks = pool.map(lambda sample: look(sample, classes), pairing.samples)
-            for found in track(looks, subset, len(pairing.samples), console=Console(stderr=True), transient=True):
+            for found in track(
+                looks, subset, len(pairing.samples), console=Console(stderr=True), transient=True
+            ):
                 parts = [total]
                 if found.sample.condition:
-                    parts.append(findings.setdefault(f"{subset}/{found.sample.condition}", Finding()))
+                    parts.append(
+                        findings.setdefault(f"{subset}/{found.sample.condition}", Finding())
+                    )
                 for part in parts:
                     part.images += 1
                     if found.size:
@@ -114,9 +124,11 @@ def check(options: Options) -> dict[str, Finding]:
                     if found.pixels is not None:
                         part.labelled += 1
                         part.pixels.update(dict(zip(names, found.pixels.tolist(), strict=True)))
-                        part.occurs.update(name for name, n in zip(names, found.pixels, strict=True) if n)
+                        part.occurs.update(
+                            name for name, n in zip(names, found.pixels, strict=True) if n
+                        )
     if not findings:
-        raise cli.UserError(next(iter(missing.values())))
+        raise UserError(next(iter(missing.values())))
     for subset in ("train", "val"):  # others may be left out
         if subset in missing:
             findings[subset] = Finding(problems=[missing[subset]])
@@ -128,7 +140,9 @@ def main(options: Options) -> None:
         claim_file(options.json)
     findings = check(options)
     console = Console()
-    title = Text(f"{options.dataset} in {options.datadir}", "table.title")  # as it is: a path may hold brackets
+    title = Text(
+        f"{options.dataset} in {options.datadir}", "table.title"
+    )  # as it is: a path may hold brackets
     table = Table("split", "images", "labelled", "sizes", "problems", title=title)
     for name, found in findings.items():
         sizes = ", ".join(f"{size} ({count})" for size, count in found.sizes.most_common(3))
@@ -139,19 +153,31 @@ def main(options: Options) -> None:
     headers = [f"{name} {what}" for what in ("pixels %", "images") for name in splits]
     histogram = Table(Column("class", no_wrap=True), *headers)
     for name in find_layout(options.dataset).classes.output_names:
-        shares = [100 * findings[s].pixels[name] / max(findings[s].pixels.total(), 1) for s in splits]
-        histogram.add_row(name, *(f"{share:.2f}" for share in shares), *(str(findings[s].occurs[name]) for s in splits))
+        shares = [
+            100 * findings[s].pixels[name] / max(findings[s].pixels.total(), 1) for s in splits
+        ]
+        histogram.add_row(
+            name,
+            *(f"{share:.2f}" for share in shares),
+            *(str(findings[s].occurs[name]) for s in splits),
+        )
     if splits:
         console.print(histogram)
 
     if options.json is not None:
-        with cli.writing(options.json) as aside:
-            aside.write_text(json.dumps({name: vars(found) for name, found in findings.items()}, indent=2) + "\n")
-    problems = [problem for name, found in findings.items() if "/" not in name for problem in found.problems]
+        with atomic_write(options.json) as aside:
+            aside.write_text(
+                json.dumps({name: vars(found) for name, found in findings.items()}, indent=2) + "\n"
+            )
+    problems = [
+        problem for name, found in findings.items() if "/" not in name for problem in found.problems
+    ]
     for problem in problems:
         console.print(f"- {problem}", markup=False, highlight=False, soft_wrap=True)
     if problems:
-        raise cli.UserError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {options.datadir}, listed above")
+        raise UserError(
+            f"{len(problems)} problem{'s' * (len(problems) > 1)} in {options.datadir}, listed above"
+        )
 
 
 if __name__ == "__main__":

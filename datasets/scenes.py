@@ -13,11 +13,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cli import UserError
 from datasets.cache import Cache, fingerprint, open_cache
 from datasets.classes import UNEXPECTED, Classes
 from datasets.samples import Sample
 from datasets.transforms import Augmentation, label_size, resize_image, resize_label, resized_size
+from errors import UserError
 
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for a damaged image."""
@@ -46,7 +46,9 @@ def open_image(path: Path, *, load: bool = True, upright: bool = False) -> Image
     except FileNotFoundError as error:
         raise UserError(f"{path} is gone; put it back or start again without it") from error
     except BROKEN as error:
-        raise UserError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"{path} cannot be read as an image: {' '.join(str(error).split())}"
+        ) from error
     return image
 
 
@@ -54,7 +56,9 @@ def read_image(path: Path, *, upright: bool = False) -> Image.Image:
     """An RGB photograph at its own size. Raises UserError as `open_image`, or if it has over 8 bits a channel."""
     image = open_image(path, upright=upright)
     if image.mode.startswith(("I", "F")):
-        raise UserError(f"{path} has more than 8 bits a channel (mode {image.mode}); convert it to 8-bit RGB")
+        raise UserError(
+            f"{path} has more than 8 bits a channel (mode {image.mode}); convert it to 8-bit RGB"
+        )
     return image.convert("RGB")
 
 
@@ -113,7 +117,9 @@ class SceneDataset(Dataset[Item]):
         self.height = height
         self.augment = augment
         self.full_labels = full_labels or (augment is not None and augment.zooms)
-        self.reduce = self.full_labels and not full_labels  # read at the image's size, handed out at a quarter
+        self.reduce = (
+            self.full_labels and not full_labels
+        )  # read at the image's size, handed out at a quarter
         self.cache: Cache | None = None
 
     def __len__(self) -> int:

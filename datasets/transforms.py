@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from cli import UserError
+from errors import UserError
 
 
 def quarter(size: int) -> int:
@@ -75,7 +75,9 @@ def change_colours(image: Tensor, brightness: float, contrast: float, saturation
     Args:
         image: (3, H, W) uint8 RGB, and so is the result; 1 leaves a property as it is.
     """
-    red, green, blue = (x / image[0].numel() for x in image.sum((1, 2), dtype=torch.int64).tolist())  # exact sums
+    red, green, blue = (
+        x / image[0].numel() for x in image.sum((1, 2), dtype=torch.int64).tolist()
+    )  # exact sums
     mean = _grey(red, green, blue)
     x = image.to(torch.float32) * (brightness * contrast) + (1 - contrast) * brightness * mean
     x = x * saturation + _grey(*x) * (1 - saturation)
@@ -87,7 +89,12 @@ def _grey(red: Any, green: Any, blue: Any) -> Any:
 
 
 def zoom(
-    image: Tensor, label: Tensor, scale: float, size: tuple[int, int], place: tuple[float, float], ignore: int
+    image: Tensor,
+    label: Tensor,
+    scale: float,
+    size: tuple[int, int],
+    place: tuple[float, float],
+    ignore: int,
 ) -> tuple[Tensor, Tensor]:
     """A window onto the scaled image and its label.
 
@@ -99,7 +106,10 @@ def zoom(
         size: (h, w) of the window and of the results.
         place: where the window lies between top and bottom, left and right, in [0, 1).
     """
-    rows, columns = (_visible(*numbers) for numbers in zip(image.shape[1:], (scale, scale), size, place, strict=True))
+    rows, columns = (
+        _visible(*numbers)
+        for numbers in zip(image.shape[1:], (scale, scale), size, place, strict=True)
+    )
     shape = rows.to.stop - rows.to.start, columns.to.stop - columns.to.start
     box = columns.begin, rows.begin, columns.end, rows.end
 
@@ -107,9 +117,13 @@ def zoom(
         return np.asarray(Image.fromarray(x).resize(shape[::-1], how, box))
 
     new_image, new_label = image.new_zeros(3, *size), label.new_full(size, ignore)
-    colours = resample(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), Image.Resampling.BILINEAR)
+    colours = resample(
+        np.ascontiguousarray(image.permute(1, 2, 0).numpy()), Image.Resampling.BILINEAR
+    )
     new_image[:, rows.to, columns.to] = torch.tensor(colours).permute(2, 0, 1)
-    new_label[rows.to, columns.to] = torch.tensor(resample(label.contiguous().numpy(), Image.Resampling.NEAREST))
+    new_label[rows.to, columns.to] = torch.tensor(
+        resample(label.contiguous().numpy(), Image.Resampling.NEAREST)
+    )
     return new_image, new_label
 
 
@@ -123,10 +137,14 @@ class _Span(NamedTuple):
 
 def _visible(length: int, scale: float, window: int, place: float) -> _Span:
     scaled = max(round(length * scale), 1)
-    start = int(place * (abs(scaled - window) + 1))  # of the window in the image, or of this in the window
+    start = int(
+        place * (abs(scaled - window) + 1)
+    )  # of the window in the image, or of this in the window
     if scaled < window:
         return _Span(slice(start, start + scaled), 0, length)
-    return _Span(slice(0, window), start * length / scaled, min((start + window) * length / scaled, length))
+    return _Span(
+        slice(0, window), start * length / scaled, min((start + window) * length / scaled, length)
+    )
 
 
 class Draw(NamedTuple):
@@ -166,9 +184,13 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if self.shift < 0 or self.seed < 0:
-            raise UserError(f"the shift ({self.shift}) and the seed ({self.seed}) must not be negative")
+            raise UserError(
+                f"the shift ({self.shift}) and the seed ({self.seed}) must not be negative"
+            )
         if self.published_shift and self.zooms:
-            raise UserError("the published shift knows quarter-size labels alone; it goes with no scale and no crop")
+            raise UserError(
+                "the published shift knows quarter-size labels alone; it goes with no scale and no crop"
+            )
 
     @property
     def zooms(self) -> bool:
@@ -187,7 +209,9 @@ class Augmentation:
         place = (y, x) if self.zooms else (0.0, 0.0)
         return Draw(mirrored, tx, ty, scale, place, (brightness, contrast, saturation))
 
-    def __call__(self, image: Tensor, label: Tensor, draw: Draw, ignore: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, image: Tensor, label: Tensor, draw: Draw, ignore: int
+    ) -> tuple[Tensor, Tensor]:
         """Apply `draw` to image (…, 3, H, W) and label (…, ceil(H/4), ceil(W/4)) or (…, H, W), on any device.
 
         Image and label move together (exactly so where H and W are multiples of 4); what comes

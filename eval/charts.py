@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 
-from cli import writing
 from eval.page import LIGHT
+from files import atomic_write
 
 COLORS = 8
 DASHES = ("-", "--", ":", "-.")  # of the first eight lines, of the next eight, …
@@ -43,7 +43,10 @@ STYLE: dict[Any, Any] = {
     "ytick.color": LIGHT["soft"],
     "ytick.major.size": 0,
 }
-TICKS: dict[str, Any] = {"nbins": 6, "steps": [1, 2, 5, 10]}  # as many at every size: the layout knows their widths
+TICKS: dict[str, Any] = {
+    "nbins": 6,
+    "steps": [1, 2, 5, 10],
+}  # as many at every size: the layout knows their widths
 HOVER = "hover: "  # begins the id of what shows the rest of it under the mouse
 
 Points = Sequence[tuple[float, float]]
@@ -71,7 +74,9 @@ class Chart:
         role = f'role="img" aria-label="{escape(self.title)}" style="{width}"'
         text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', role, text, count=1)
         text = re.sub(rf"""<g id=(["']){HOVER}(.*?)\1>""", r"<g><title>\2</title>", text)
-        text = re.sub(r' id="[a-z\d.]+_\d+"', "", text)  # names of groups; what marks refer to has no underscore
+        text = re.sub(
+            r' id="[a-z\d.]+_\d+"', "", text
+        )  # names of groups; what marks refer to has no underscore
         for variable, color in LIGHT.items():
             text = text.replace(color, f"var(--{variable})")
         return text
@@ -89,9 +94,13 @@ class Chart:
             longest = 0.7 + 0.08 * max(map(len, self.marks))  # inches, about
             columns = max(1, int(figure.get_figwidth() // longest))
             figure.set_figheight(figure.get_figheight() + 0.2 * ceil(len(self.marks) / columns))
-            figure.legend([*self.marks.values()], [*self.marks], loc="outside lower center", ncols=columns)
-        with writing(path) as aside:  # tight: as wide as a name that is wider than the chart
-            figure.savefig(aside, format="png", dpi=200, facecolor=LIGHT["card"], bbox_inches="tight")
+            figure.legend(
+                [*self.marks.values()], [*self.marks], loc="outside lower center", ncols=columns
+            )
+        with atomic_write(path) as aside:  # tight: as wide as a name that is wider than the chart
+            figure.savefig(
+                aside, format="png", dpi=200, facecolor=LIGHT["card"], bbox_inches="tight"
+            )
         return path
 
 
@@ -122,20 +131,34 @@ def line_chart(
         color, dashes = _color(colors[label]), DASHES[colors[label] // COLORS % len(DASHES)]
         shown = points if dots else thin(points, 120)
         last = f"{label}: {shown[-1][1]:.4g}{unit} at step {shown[-1][0]:.0f}"
-        (marks[label],) = axes.plot(*zip(*shown, strict=True), color=color, linestyle=dashes, gid=HOVER + last)
+        (marks[label],) = axes.plot(
+            *zip(*shown, strict=True), color=color, linestyle=dashes, gid=HOVER + last
+        )
         if dots and len(shown) <= 60:
             for x, y in shown:
-                axes.plot(x, y, "o", color=color, markersize=4, gid=f"{HOVER}{label}, step {x:.0f}: {y:.4g}{unit}")
+                axes.plot(
+                    x,
+                    y,
+                    "o",
+                    color=color,
+                    markersize=4,
+                    gid=f"{HOVER}{label}, step {x:.0f}: {y:.4g}{unit}",
+                )
     if not marks:
         return None
     for index, (label, value) in enumerate((levels or {}).items()):
         axes.axhline(value, color=LIGHT["soft"], linestyle="--", linewidth=1, gid=f"{HOVER}{label}")
-        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        place: dict[str, Any] = {
+            "xycoords": ("axes fraction", "data"),
+            "textcoords": "offset points",
+        }
         axes.annotate(label, (0, value), xytext=(3 + 65 * index, 3), color=LIGHT["soft"], **place)
     axes.locator_params(**TICKS)
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
-    axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k" if step >= 1000 else f"{step:g}")
+    axes.xaxis.set_major_formatter(
+        lambda step, _: f"{step / 1000:g}k" if step >= 1000 else f"{step:g}"
+    )
     return Chart(name, title, figure, marks)
 
 
@@ -159,10 +182,14 @@ def bar_chart(
     for offset, (label, row) in enumerate(bars.items()):
         known = [(place, value) for place, value in enumerate(row) if value is not None]
         xs = [place * group + offset - (len(bars) - 1) / 2 for place, _ in known]
-        marks[label] = axes.bar(xs, [value for _, value in known], width=0.9, color=_color(colors[label]))
+        marks[label] = axes.bar(
+            xs, [value for _, value in known], width=0.9, color=_color(colors[label])
+        )
         for patch, (place, value) in zip(marks[label], known, strict=True):
             patch.set_gid(f"{HOVER}{groups[place]}, {label}: {value:.4g}{unit}")
-    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(groups) > 8 else {}
+    turned: dict[str, Any] = (
+        {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(groups) > 8 else {}
+    )
     axes.set_xticks([place * group for place in range(len(groups))], groups, **turned)
     axes.locator_params("y", **TICKS)
     axes.set_xlim(-group / 2, (len(groups) - 0.5) * group)
@@ -170,7 +197,9 @@ def bar_chart(
 
 
 @mpl.rc_context(STYLE)
-def confusion_chart(name: str, title: str, counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Chart:
+def confusion_chart(
+    name: str, title: str, counts: Sequence[Sequence[int]], classes: Sequence[str]
+) -> Chart:
     """Where the pixels of each true class went, in percent of its row.
 
     `counts`: a row for each class, a column for each class and then perhaps one for "ignore". Classes that are
@@ -188,15 +217,32 @@ def confusion_chart(name: str, title: str, counts: Sequence[Sequence[int]], clas
     axes = figure.add_subplot(xlabel="predicted", ylabel="true", aspect="equal")
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    shades = LinearSegmentedColormap.from_list("shades", [to_rgba(LIGHT["c0"], 0), to_rgba(LIGHT["c0"], 1)])
+    shades = LinearSegmentedColormap.from_list(
+        "shades", [to_rgba(LIGHT["c0"], 0), to_rgba(LIGHT["c0"], 1)]
+    )
     for y, row in enumerate(share):
         for x, value in enumerate(row):
             hover = f"{HOVER}{labels[rows[y]]} as {labels[columns[x]]}: {value:.1f} %"
-            axes.add_patch(mpl.patches.Rectangle((x, y), 1, 1, color=shades(value / 100), linewidth=0, gid=hover))
+            axes.add_patch(
+                mpl.patches.Rectangle(
+                    (x, y), 1, 1, color=shades(value / 100), linewidth=0, gid=hover
+                )
+            )
             if value >= 0.5:
                 ink = LIGHT["card" if value > 75 else "ink"]  # legible on light and dark pages
-                axes.text(x + 0.5, y + 0.5, f"{value:.0f}", color=ink, ha="center", va="center", size=7, gid=hover)
-    axes.set_xticks(np.arange(len(columns)) + 0.5, [labels[index] for index in columns], rotation=90)
+                axes.text(
+                    x + 0.5,
+                    y + 0.5,
+                    f"{value:.0f}",
+                    color=ink,
+                    ha="center",
+                    va="center",
+                    size=7,
+                    gid=hover,
+                )
+    axes.set_xticks(
+        np.arange(len(columns)) + 0.5, [labels[index] for index in columns], rotation=90
+    )
     axes.set_yticks(np.arange(len(rows)) + 0.5, [labels[index] for index in rows])
     axes.set_xlim(0, len(columns))
     axes.set_ylim(len(rows), 0)

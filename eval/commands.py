@@ -5,12 +5,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cli import UserError
 from datasets.classes import Encoding
+from errors import UserError
 from eval.inference import Evaluation, evaluate, render
 from eval.metrics import percent
 from eval.options import OUTPUTS, ColorOptions, IoUOptions, claim_folder, open_model_and_data
-from eval.records import write_json
+from files import write_json
 from models.checkpoints import read_facts
 
 PROTOCOLS = {
@@ -40,7 +40,9 @@ def score(dataset: str, options: IoUOptions) -> Evaluation:
             "subset": options.subset,
             "height": options.height,
             "weights": str(weights),
-            "step": read_facts(weights).get("step"),  # of training, by which a report knows that it went on
+            "step": read_facts(weights).get(
+                "step"
+            ),  # of training, by which a report knows that it went on
         }
         write_json(source | evaluation.as_json() | evaluation.details(), options.json)
     return evaluation
@@ -51,12 +53,19 @@ def paint(dataset: str, options: ColorOptions) -> list[Path]:
     if options.overlay is not None and not 0 <= options.overlay <= 1:
         raise UserError(f"--overlay {options.overlay} is no share of colour; give 0 to 1")
     if (options.overlay is not None) + options.label_ids + options.train_ids > 1:
-        raise UserError("--overlay, --label-ids and --train-ids exclude each other; run the script once for each")
-    ids: Encoding | None = "label_ids" if options.label_ids else "train_ids" if options.train_ids else None
+        raise UserError(
+            "--overlay, --label-ids and --train-ids exclude each other; run the script once for each"
+        )
+    ids: Encoding | None = (
+        "label_ids" if options.label_ids else "train_ids" if options.train_ids else None
+    )
     model, data, weights, device = open_model_and_data(options, dataset, require_labels=False)
     run = [weights.absolute().parent.name] if (weights.parent / "options.json").is_file() else []
     folder = options.output_dir or OUTPUTS.joinpath("color", *run, weights.stem)
-    for place in {options.datadir, *(options.datadir / Path(sample.name).parts[0] for sample in data.samples)}:
+    for place in {
+        options.datadir,
+        *(options.datadir / Path(sample.name).parts[0] for sample in data.samples),
+    }:
         if folder.resolve().is_relative_to(place.resolve()):  # which may be a link
             raise UserError(f"--output-dir {folder} lies in the data set; choose another folder")
     claim_folder(folder)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cli import UserError
 from datasets import SceneDataset, open_split, to_float
 from datasets.classes import Classes
+from errors import UserError
 from eval.inference import upsample
 from eval.metrics import percent
 from eval.rendering import colorize, legend, side_by_side, stack
@@ -71,7 +71,9 @@ def find_examples(
     """
     if not count:
         return [], []
-    scored = {name: evaluation for name, evaluation in evaluations.items() if evaluation.keys() >= NEEDED}
+    scored = {
+        name: evaluation for name, evaluation in evaluations.items() if evaluation.keys() >= NEEDED
+    }
     notes = [
         f"Worst and best images of {name}: its evaluation has no scores for each image, or doesn't say of which data; "
         "evaluate it by the IoU script's --json, or with --evaluate where there is no eval.json."
@@ -111,7 +113,9 @@ def find_examples(
 
 def _begin(kind: str, data: SceneDataset, place: int) -> Example:
     """An example with photograph and truth."""
-    example = Example(kind, data.samples[place].name, data.classes, [("image", _fit(data.photograph(place)))])
+    example = Example(
+        kind, data.samples[place].name, data.classes, [("image", _fit(data.photograph(place)))]
+    )
     _add(example, "truth", data.full_label(place))
     return example
 
@@ -124,4 +128,8 @@ def _add(example: Example, title: str, labels: np.ndarray) -> None:
 def _fit(picture: Image.Image) -> Image.Image:
     """At most `HEIGHT` high."""
     width = max(1, round(picture.width * HEIGHT / picture.height))
-    return picture if picture.height <= HEIGHT else picture.resize((width, HEIGHT), Image.Resampling.LANCZOS)
+    return (
+        picture
+        if picture.height <= HEIGHT
+        else picture.resize((width, HEIGHT), Image.Resampling.LANCZOS)
+    )

@@ -26,13 +26,14 @@ from rich.progress import (
 from rich.text import Text
 from torch import Tensor, nn
 
-from cli import UserError, make_folder, writing
 from datasets import SceneDataset
 from datasets.classes import Encoding
 from datasets.loading import Batch, evaluation_batches
 from datasets.transforms import to_float
+from errors import UserError
 from eval import rendering
 from eval.metrics import ConfusionMatrix
+from files import atomic_write, make_folder
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,7 +55,10 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """The scores: IoUs in 0..1, None for a class that does not occur."""
-        result: dict[str, Any] = {"protocol": self.protocol, "images": self.images} | self.counts.scores()
+        result: dict[str, Any] = {
+            "protocol": self.protocol,
+            "images": self.images,
+        } | self.counts.scores()
         if self.conditions:
             result["conditions"] = {name: part.as_json() for name, part in self.conditions.items()}
         return result
@@ -67,7 +71,9 @@ class Evaluation:
         """
         return {
             "confusion": self.counts.counts[: self.counts.classes.num_classes].tolist(),
-            "per_image": {name: matrix.scores()["mean_iou"] for name, matrix in self.per_image.items()},
+            "per_image": {
+                name: matrix.scores()["mean_iou"] for name, matrix in self.per_image.items()
+            },
         }
 
 
@@ -96,7 +102,9 @@ def evaluate(
     classes = dataset.classes
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     matrices = [ConfusionMatrix(classes, device) for _ in dataset.samples]
-    spoilt = torch.zeros((), dtype=torch.int64, device=device)  # batches; NaN would count as the first class
+    spoilt = torch.zeros(
+        (), dtype=torch.int64, device=device
+    )  # batches; NaN would count as the first class
     batches = evaluation_batches(
         dataset,
         batch_size=batch_size,
@@ -129,20 +137,31 @@ def evaluate(
         dist.all_reduce(counts)
         dist.all_reduce(spoilt)
     if spoilt:
-        raise UserError("the network's outputs are NaN or infinite: its training failed; take earlier weights")
+        raise UserError(
+            "the network's outputs are NaN or infinite: its training failed; take earlier weights"
+        )
     counts = counts.cpu()  # once, instead of for every image
     if not counts[:, : classes.num_classes].any():
-        raise UserError("every label pixel of this split is ignored, as in test splits; choose a labelled --subset")
+        raise UserError(
+            "every label pixel of this split is ignored, as in test splits; choose a labelled --subset"
+        )
 
     def summed(indices: list[int]) -> Evaluation:
         rows = {index: ConfusionMatrix(classes, counts=counts[index]) for index in indices}
         per_image = {dataset.samples[index].name: matrix for index, matrix in rows.items()}
-        return Evaluation(protocol, len(indices), ConfusionMatrix(classes, counts=counts[indices].sum(0)), per_image)
+        return Evaluation(
+            protocol,
+            len(indices),
+            ConfusionMatrix(classes, counts=counts[indices].sum(0)),
+            per_image,
+        )
 
     total = summed(list(range(len(dataset))))
     names = [sample.condition for sample in dataset.samples]
     for condition in dict.fromkeys(name for name in names if name is not None):
-        total.conditions[condition] = summed([index for index, name in enumerate(names) if name == condition])
+        total.conditions[condition] = summed(
+            [index for index, name in enumerate(names) if name == condition]
+        )
     return total
 
 
@@ -190,7 +209,9 @@ def render(
         pin_memory=torch.device(device).type == "cuda",
     )
 
-    def predicted(threads: ThreadPoolExecutor) -> Iterator[tuple[int, np.ndarray, Image.Image | None]]:
+    def predicted(
+        threads: ThreadPoolExecutor,
+    ) -> Iterator[tuple[int, np.ndarray, Image.Image | None]]:
         for batch in batches:
             indices = batch.indices.tolist()
             if full:
@@ -215,7 +236,9 @@ def render(
     return targets
 
 
-def ahead(threads: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], limit: int) -> Iterator[R]:
+def ahead(
+    threads: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], limit: int
+) -> Iterator[R]:
     """`map`, in order, with at most `limit` results waiting: a slow disk must not fill the memory."""
     waiting: deque[Future[R]] = deque()
     for item in items:
@@ -251,14 +274,16 @@ def output_paths(dataset: SceneDataset, output_dir: Path, flat: bool = False) ->
             raise UserError(f"{target} is an input image; choose another --output-dir")
     if len(set(targets)) < len(targets):
         twice, _ = Counter(target.name for target in targets).most_common(1)[0]
-        raise UserError(f"two images would both become {twice}; rename one of them, or leave --flat out")
+        raise UserError(
+            f"two images would both become {twice}; rename one of them, or leave --flat out"
+        )
     return targets
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Save in one step, so that an interrupted run leaves no half file. UserError if it cannot."""
     make_folder(path.parent)
-    with writing(path) as aside:
+    with atomic_write(path) as aside:
         picture.save(aside, format="PNG")
 
 
@@ -282,7 +307,9 @@ class RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress_line(title: str, total: int | None, show: bool = True) -> Iterator[Callable[[int], None]]:
+def progress_line(
+    title: str, total: int | None, show: bool = True
+) -> Iterator[Callable[[int], None]]:
     """A line on stderr with rate and, if `total` is known, time left; call what it yields with the images just done."""
     columns = (
         TextColumn("{task.description}"),

@@ -8,8 +8,10 @@ from typing import Literal
 
 import torch
 
-from cli import MANY, UserError, find_device, make_folder
+from cli import MANY, find_device
 from datasets import SceneDataset, open_split
+from errors import UserError
+from files import make_folder
 from models import load_model
 from models.checkpoints import read_facts
 
@@ -70,14 +72,18 @@ def find_weights(options: Options, dataset: str) -> Path:
     """The file to evaluate: --weights, or the published name in outputs/. UserError if missing."""
     if options.weights is not None:
         if options.distillation_type != Options.distillation_type:
-            raise UserError("--distillation-type names a released checkpoint, --weights another; leave one out")
+            raise UserError(
+                "--distillation-type names a released checkpoint, --weights another; leave one out"
+            )
         if not options.weights.exists():  # a folder is another library's
             raise UserError(f"{options.weights} is not there; give --weights a checkpoint")
         return options.weights
     backbone = "segformerb2" if options.distillation_type == "teacher" else "segformerb0"
     path = OUTPUTS / f"{backbone}_{options.distillation_type}_{dataset.lower()}.pth"
     if not path.is_file():
-        raise UserError(f"{path} is missing; put the released checkpoint there or name yours by --weights FILE")
+        raise UserError(
+            f"{path} is missing; put the released checkpoint there or name yours by --weights FILE"
+        )
     return path
 
 
@@ -86,7 +92,9 @@ def open_model_and_data(
 ) -> tuple[torch.nn.Module, SceneDataset, Path, torch.device]:
     """Model (eval mode, on its device), data, the weights' path, device; UserError if one fails."""
     if options.batch_size < 1 or not 0 <= options.num_workers < MANY:
-        raise UserError(f"--batch-size must be at least 1, --num-workers at least 0 and below {MANY}")
+        raise UserError(
+            f"--batch-size must be at least 1, --num-workers at least 0 and below {MANY}"
+        )
     if options.json is not None:
         claim_file(options.json)
     device = find_device(options.device)
@@ -109,7 +117,10 @@ def warn_of_height(weights: Path, height: int) -> None:
     """Say so on stderr where the weights tell that they were trained on images of another height."""
     trained = read_facts(weights).get("height")
     if trained not in (None, height):
-        print(f"warning: {weights} was trained at --height {trained}, this is {height}", file=sys.stderr)
+        print(
+            f"warning: {weights} was trained at --height {trained}, this is {height}",
+            file=sys.stderr,
+        )
 
 
 def claim_file(path: Path, ending: str = ".json") -> None:
@@ -121,7 +132,9 @@ def claim_file(path: Path, ending: str = ".json") -> None:
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is a folder or a device; name a file")
     if path.suffix.lower() != ending and path.exists() and path.stat().st_size:
-        raise UserError(f"{path} is there already and does not end in {ending}; name another file, or remove it first")
+        raise UserError(
+            f"{path} is there already and does not end in {ending}; name another file, or remove it first"
+        )
     claim_folder(path.parent)
 
 

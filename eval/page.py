@@ -9,15 +9,19 @@ from pathlib import Path
 
 from PIL import Image
 
-from cli import UserError
+from errors import UserError
 
 Picture = Path | tuple[str, Image.Image]
 
 
 def page(title: str, introduction: str, sections: Sequence[tuple[str, str]]) -> str:
     """The whole page: heading, introduction (see `to_html`), then (heading, HTML) sections."""
-    body = "\n".join(f"<section><h2>{escape(name)}</h2>\n{html}</section>" for name, html in sections if html)
-    return PAGE.format(title=escape(title), style=STYLE, introduction=to_html(introduction), body=body)
+    body = "\n".join(
+        f"<section><h2>{escape(name)}</h2>\n{html}</section>" for name, html in sections if html
+    )
+    return PAGE.format(
+        title=escape(title), style=STYLE, introduction=to_html(introduction), body=body
+    )
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -42,7 +46,10 @@ def figure(picture: Picture) -> str:
 
 def panels(caption: str, pictures: Sequence[tuple[str, Image.Image]]) -> str:
     """Pictures that belong together, each under its own title, with one caption."""
-    cells = "".join(f"<div><small>{escape(title)}</small>{inline(image, title)}</div>" for title, image in pictures)
+    cells = "".join(
+        f"<div><small>{escape(title)}</small>{inline(image, title)}</div>"
+        for title, image in pictures
+    )
     return f'<figure><figcaption>{escape(caption)}</figcaption><div class="panels">{cells}</div></figure>'
 
 
@@ -51,12 +58,17 @@ def inline(image: Image.Image, text: str) -> str:
     data = io.BytesIO()
     image.save(data, format="PNG", optimize=True)
     source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return f'<img src="{source}" alt="{escape(text)}" width="{image.width}" height="{image.height}">'
+    return (
+        f'<img src="{source}" alt="{escape(text)}" width="{image.width}" height="{image.height}">'
+    )
 
 
 def legend(colors: Mapping[str, str]) -> str:
     """Names with their colours, which are anything that CSS takes."""
-    keys = (f'<span class="key"><i style="background:{c}"></i>{escape(name)}</span>' for name, c in colors.items())
+    keys = (
+        f'<span class="key"><i style="background:{c}"></i>{escape(name)}</span>'
+        for name, c in colors.items()
+    )
     return f'<p class="legend">{"".join(keys)}</p>'
 
 

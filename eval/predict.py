@@ -35,12 +35,13 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from cli import UserError, find_device, run
+from cli import find_device, run
 from datasets import DATASETS, find_layout
 from datasets.classes import Classes
 from datasets.samples import files_below
 from datasets.scenes import read_image
 from datasets.transforms import resize_image, to_float
+from errors import UserError
 from eval import rendering, video
 from eval.inference import ahead, progress_line, save_png, upsample
 from eval.options import claim_folder, warn_of_height
@@ -77,8 +78,12 @@ class Options:
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one. ONNX files run on the CPU."""
 
 
-Network = Callable[[Tensor], Tensor]  # images (B, 3, H, W), uint8 RGB -> logits (B, C, h, w) or classes (B, h, w)
-Read = tuple[Any, Image.Image, Tensor]  # a photograph's path or a frame's number, the picture, what the network sees
+Network = Callable[
+    [Tensor], Tensor
+]  # images (B, 3, H, W), uint8 RGB -> logits (B, C, h, w) or classes (B, h, w)
+Read = tuple[
+    Any, Image.Image, Tensor
+]  # a photograph's path or a frame's number, the picture, what the network sees
 Predicted = tuple[Any, Image.Image, np.ndarray]  # the same with classes (H, W)
 
 
@@ -93,7 +98,9 @@ def main(options: Options) -> None:
     if not 0 <= options.alpha <= 1:
         raise UserError(f"--alpha {options.alpha} is no share of colour; give 0 to 1")
     if options.alpha != Options.alpha and not {"overlay", "side_by_side"} & {*options.kinds}:
-        raise UserError(f"--alpha {options.alpha} is for overlays; add such a kind, or leave it out")
+        raise UserError(
+            f"--alpha {options.alpha} is for overlays; add such a kind, or leave it out"
+        )
     classes = find_layout(options.dataset).classes
     inputs = find_inputs(options.inputs, options.output_dir)
     photographs = [source for source in inputs if not is_video(source)]
@@ -145,15 +152,22 @@ def main(options: Options) -> None:
         except video.UnreadableError as error:
             warn(source, f"{source} cannot be read as a video: {error}")
     if failed:
-        raise UserError(f"{len(failed)} of {len(inputs)} inputs can't be read: {failed[0]}" + " …" * (len(failed) > 1))
+        raise UserError(
+            f"{len(failed)} of {len(inputs)} inputs can't be read: {failed[0]}"
+            + " …" * (len(failed) > 1)
+        )
     counts = {"photographs": len(photographs), "videos": len(videos)}
     done = ", ".join(
-        f"{count} {name.removesuffix('s') if count == 1 else name}" for name, count in counts.items() if count
+        f"{count} {name.removesuffix('s') if count == 1 else name}"
+        for name, count in counts.items()
+        if count
     )
     print(f"{done}: {', '.join(options.kinds)} in {options.output_dir}")
 
 
-def predict_video(source: Path, targets: dict[str, Path], network: Network, classes: Classes, options: Options) -> None:
+def predict_video(
+    source: Path, targets: dict[str, Path], network: Network, classes: Classes, options: Options
+) -> None:
     """Write a video for each kind, and label ids as a PNG for each frame.
 
     Raises:
@@ -169,7 +183,9 @@ def predict_video(source: Path, targets: dict[str, Path], network: Network, clas
         _, frame, labels = predicted
         # a legend of the classes in this frame would change the picture's size from frame to frame
         present = range(classes.num_classes)
-        return {kind: picture(kind, frame, labels, classes, options.alpha, present) for kind in targets}
+        return {
+            kind: picture(kind, frame, labels, classes, options.alpha, present) for kind in targets
+        }
 
     with (
         ThreadPoolExecutor() as threads,
@@ -198,10 +214,15 @@ def predict_video(source: Path, targets: dict[str, Path], network: Network, clas
             if old.stem.isdecimal() and int(old.stem) > index:
                 old.unlink()  # of a longer video that was there before
     if opened.count is not None and index + 1 < opened.count:
-        print(f"warning: {source} ends after {index + 1} of its {opened.count} frames", file=sys.stderr)
+        print(
+            f"warning: {source} ends after {index + 1} of its {opened.count} frames",
+            file=sys.stderr,
+        )
 
 
-def predict(network: Network, pictures: Iterable[Read], batch_size: int, classes: Classes) -> Iterator[Predicted]:
+def predict(
+    network: Network, pictures: Iterable[Read], batch_size: int, classes: Classes
+) -> Iterator[Predicted]:
     """Each picture, in order, with its classes at its own size."""
     for batch in batches(pictures, batch_size):
         pixels = torch.stack([x for _, _, x in batch])
@@ -222,14 +243,18 @@ def open_network(weights: Path, classes: Classes, device_name: str) -> Network:
     """
     if weights.suffix.lower() == ".onnx":
         if device_name not in ("auto", "cpu"):
-            raise UserError(f"--device {device_name}: ONNX files run on the CPU; leave it out, or name other weights")
+            raise UserError(
+                f"--device {device_name}: ONNX files run on the CPU; leave it out, or name other weights"
+            )
         onnx = OnnxNetwork(weights)
         classes.require(weights, len(onnx.class_names), onnx.class_names)
         return lambda pixels: onnx(to_float(pixels))
     device = find_device(device_name)
     model = load_model(weights).to(device)
     classes.require(weights, model.num_classes, model.class_names)
-    return lambda pixels: model(to_float(pixels.to(device))).logits  # bytes travel, floats are made there
+    return lambda pixels: (
+        model(to_float(pixels.to(device))).logits
+    )  # bytes travel, floats are made there
 
 
 def find_inputs(inputs: Iterable[str], output_dir: Path) -> dict[Path, Path]:
@@ -247,7 +272,8 @@ def find_inputs(inputs: Iterable[str], output_dir: Path) -> dict[Path, Path]:
         return {
             file: file.relative_to(base)
             for file in sorted(files)
-            if is_input(file) and not any(file.resolve().is_relative_to(folder) for folder in outside)
+            if is_input(file)
+            and not any(file.resolve().is_relative_to(folder) for folder in outside)
         }
 
     found: dict[Path, Path] = {}
@@ -265,9 +291,15 @@ def find_inputs(inputs: Iterable[str], output_dir: Path) -> dict[Path, Path]:
         if not new:
             kinds = ", ".join(SUFFIXES + video.SUFFIXES)
             there = (
-                "there is no" if not path.exists() else "no photograph or video in" if path.is_dir() else "can't take"
+                "there is no"
+                if not path.exists()
+                else "no photograph or video in"
+                if path.is_dir()
+                else "can't take"
             )
-            raise UserError(f"{there} {name}; name photographs, videos, or a folder or pattern of some ({kinds})")
+            raise UserError(
+                f"{there} {name}; name photographs, videos, or a folder or pattern of some ({kinds})"
+            )
         found |= {file: name for file, name in new.items() if file not in found}
     return found
 
@@ -291,7 +323,8 @@ def find_targets(inputs: dict[Path, Path], options: Options) -> dict[Path, dict[
         return options.output_dir / kind / name
 
     targets: dict[Path, dict[str, Path]] = {
-        source: {kind: target(kind, source, name) for kind in options.kinds} for source, name in inputs.items()
+        source: {kind: target(kind, source, name) for kind in options.kinds}
+        for source, name in inputs.items()
     }
     owners: dict[Path, Path] = {}
     resolved = {source.resolve() for source in inputs}
@@ -317,7 +350,9 @@ def batches(pictures: Iterable[Read], size: int) -> Iterator[list[Read]]:
 def labels_at(prediction: Tensor, size: tuple[int, int], classes: Classes) -> np.ndarray:
     """Classes (H, W) from logits (C, h, w), among the real classes, or from a map of classes (h, w)."""
     if prediction.dim() == 3:
-        labels = upsample(prediction[: classes.num_classes], size).max(0).indices  # faster than argmax
+        labels = (
+            upsample(prediction[: classes.num_classes], size).max(0).indices
+        )  # faster than argmax
     else:
         labels = F.interpolate(prediction[None, None].float(), size, mode="nearest-exact")[0, 0]
     return labels.to(torch.uint8).cpu().numpy()
@@ -340,9 +375,16 @@ def picture(
     blend = rendering.overlay(photograph, colors, alpha)
     if kind == "overlay":
         return blend
-    row = rendering.side_by_side([("photograph", photograph), ("overlay", blend), ("classes", colors)])
+    row = rendering.side_by_side(
+        [("photograph", photograph), ("overlay", blend), ("classes", colors)]
+    )
     return rendering.stack(
-        [row, rendering.legend(classes, row.width, np.unique(labels).tolist() if present is None else present)]
+        [
+            row,
+            rendering.legend(
+                classes, row.width, np.unique(labels).tolist() if present is None else present
+            ),
+        ]
     )
 
 

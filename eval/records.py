@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cli import UserError, writing
+from errors import UserError
 
 SCORE = float | int | None
 SCORES: dict[Any, Any] = {"mean_iou": SCORE, "per_class": {...: SCORE}}
@@ -31,29 +31,12 @@ def fits(content: object, form: Any) -> bool:
     """Whether JSON has a form: a type, [the form of each item], {key: of its value, where it is there; ...: of any}."""
     if isinstance(form, dict):
         others = form.get(..., object)
-        return isinstance(content, dict) and all(fits(item, form.get(key, others)) for key, item in content.items())
+        return isinstance(content, dict) and all(
+            fits(item, form.get(key, others)) for key, item in content.items()
+        )
     if isinstance(form, list):
         return isinstance(content, list) and all(fits(item, form[0]) for item in content)
     return isinstance(content, form)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in the file, None if there is no file. Raises UserError if it holds anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); write it again or remove it") from error
-    except OSError as error:
-        raise UserError(f"can't read {path} ({error.strerror})") from error
-    if content is not None and not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; write it again or remove it")
-    return content
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write in one step: the file holds the whole result or what it held before."""
-    with writing(path) as aside:
-        aside.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_records(path: Path, tail: int | None = None) -> list[dict[str, Any]]:

@@ -50,7 +50,9 @@ def legend(classes: Classes, width: int = 900, present: Iterable[int] | None = N
     return strip
 
 
-def side_by_side(pictures: Sequence[tuple[str, Image.Image]], height: int | None = None) -> Image.Image:
+def side_by_side(
+    pictures: Sequence[tuple[str, Image.Image]], height: int | None = None
+) -> Image.Image:
     """Captioned pictures in a row, scaled to one `height` (default: the highest picture's)."""
     font, caption, gap = ImageFont.load_default(16), 28, 8
     height = height or max(picture.height for _, picture in pictures)

@@ -24,7 +24,8 @@ import tyro
 if __package__ in (None, ""):  # run from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cli import UserError, find_device, run, writing
+from cli import find_device, run
+from errors import UserError
 from eval.charts import COLORS, LARGE, Chart, bar_chart, confusion_chart, line_chart
 from eval.commands import score
 from eval.examples import Example, find_examples
@@ -32,7 +33,8 @@ from eval.inference import save_png
 from eval.metrics import percent
 from eval.options import IoUOptions, claim_file, claim_folder
 from eval.page import Picture, figure, legend, page, panels, table
-from eval.records import EVALUATION, fits, read_json, read_records
+from eval.records import EVALUATION, fits, read_records
+from files import atomic_write, read_json
 from models.checkpoints import read_facts
 
 HTML = ".html"
@@ -146,24 +148,37 @@ def write_report(
     sections = [
         ("Results", summary_table(runs, evaluations, colors)),
         ("Training", everywhere + charts_html(training, "charts") if training else ""),
-        ("IoU per class", everywhere + wide(classes) + classes_table(evaluations) if classes else ""),
-        ("Conditions", everywhere + wide(conditions) + conditions_table(evaluations) if conditions else ""),
+        (
+            "IoU per class",
+            everywhere + wide(classes) + classes_table(evaluations) if classes else "",
+        ),
+        (
+            "Conditions",
+            everywhere + wide(conditions) + conditions_table(evaluations) if conditions else "",
+        ),
         ("Confusion matrices", charts_html(confusions, "matrices") if confusions else ""),
         ("Worst and best images", examples_html(examples)),
         ("Pictures", "".join(figure(picture) for picture in pictures)),
         ("Options that differ", options_table(runs)),
         ("Made with", provenance_table(runs)),
-        ("Not shown", "".join(f"<p class='note'>{escape(note)}</p>" for note in [*outdated, *uncounted, *notes])),
+        (
+            "Not shown",
+            "".join(
+                f"<p class='note'>{escape(note)}</p>" for note in [*outdated, *uncounted, *notes]
+            ),
+        ),
     ]
     path = Path(path)
     claim_file(path, HTML)
-    with writing(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(page(title, introduction, sections), encoding="utf-8")
     if plots is not None:
         claim_folder(plots)
         for chart in (*training, *filter(None, (classes, conditions)), *confusions):
             chart.save(plots)
-        for old in (path for kind in ("worst", "best") for path in plots.glob(f"[0-9]*_{kind}.png")):
+        for old in (
+            path for kind in ("worst", "best") for path in plots.glob(f"[0-9]*_{kind}.png")
+        ):
             old.unlink()  # a page with more of them was here
         for index, example in enumerate(examples, 1):
             save_png(example.picture(), plots / f"{index:02}_{example.kind}.png")
@@ -177,12 +192,18 @@ def css_colors(colors: Mapping[str, int]) -> dict[str, str]:
 def css_color(index: int) -> str:
     """Striped from the ninth on, whose lines are dashed."""
     color = f"var(--c{index % COLORS})"
-    return color if index < COLORS else f"repeating-linear-gradient(90deg, {color} 0 .2rem, transparent .2rem .3rem)"
+    return (
+        color
+        if index < COLORS
+        else f"repeating-linear-gradient(90deg, {color} 0 .2rem, transparent .2rem .3rem)"
+    )
 
 
 def charts_html(charts: Sequence[Chart], kind: str) -> str:
     """Charts in a grid, each under its title."""
-    figures = (f"<figure><figcaption>{escape(c.title)}</figcaption>{c.svg()}</figure>" for c in charts)
+    figures = (
+        f"<figure><figcaption>{escape(c.title)}</figcaption>{c.svg()}</figure>" for c in charts
+    )
     return f'<div class="{kind}">{"".join(figures)}</div>'
 
 
@@ -191,7 +212,9 @@ def wide(chart: Chart) -> str:
     return f'<div class="wide">{chart.svg()}</div>'
 
 
-def summary_table(runs: Sequence[Run], evaluations: Mapping[str, dict[str, Any]], colors: Mapping[str, int]) -> str:
+def summary_table(
+    runs: Sequence[Run], evaluations: Mapping[str, dict[str, Any]], colors: Mapping[str, int]
+) -> str:
     """A row per run or evaluation: method, mIoU, steps, parameters."""
     by_name = {one.name: one for one in runs}
     rows = []
@@ -223,11 +246,18 @@ def summary_table(runs: Sequence[Run], evaluations: Mapping[str, dict[str, Any]]
 
 def training_charts(runs: Sequence[Run], colors: Mapping[str, int]) -> list[Chart]:
     """mIoU, then one chart per loss term, total first."""
-    validated = {one.name: [(step, 100 * value) for step, value in one.curve("val", "mean_iou")] for one in runs}
+    validated = {
+        one.name: [(step, 100 * value) for step, value in one.curve("val", "mean_iou")]
+        for one in runs
+    }
     teachers = {r["mean_iou"] for one in runs if (r := one.last("teacher")) and r.get("mean_iou")}
     levels = {f"teacher {100 * value:.1f}": 100 * value for value in sorted(teachers)}
     title = "mIoU in validation, %"
-    charts = [line_chart("miou", title, validated, colors, unit=" %", levels=levels, dots=True, size=LARGE)]
+    charts = [
+        line_chart(
+            "miou", title, validated, colors, unit=" %", levels=levels, dots=True, size=LARGE
+        )
+    ]
     terms = dict.fromkeys(["total"])
     for one in runs:
         for record in one.records:
@@ -238,10 +268,16 @@ def training_charts(runs: Sequence[Run], colors: Mapping[str, int]) -> list[Char
     return [chart for chart in charts if chart is not None]
 
 
-def classes_chart(evaluations: Mapping[str, dict[str, Any]], colors: Mapping[str, int]) -> Chart | None:
+def classes_chart(
+    evaluations: Mapping[str, dict[str, Any]], colors: Mapping[str, int]
+) -> Chart | None:
     """IoU of every class that occurs, the runs' bars against each other."""
     scores = {name: e["per_class"] for name, e in evaluations.items() if e.get("per_class")}
-    names = [key for key in _classes(evaluations) if any(score.get(key) is not None for score in scores.values())]
+    names = [
+        key
+        for key in _classes(evaluations)
+        if any(score.get(key) is not None for score in scores.values())
+    ]
     bars = {name: [_percent(score.get(key)) for key in names] for name, score in scores.items()}
     return bar_chart("iou_per_class", "IoU per class, %", names, bars, colors, unit=" %")
 
@@ -249,7 +285,10 @@ def classes_chart(evaluations: Mapping[str, dict[str, Any]], colors: Mapping[str
 def classes_table(evaluations: Mapping[str, dict[str, Any]]) -> str:
     """The same numbers, to unfold."""
     scores = {name: e["per_class"] for name, e in evaluations.items() if e.get("per_class")}
-    rows = [[escape(key), *(percent(s.get(key)) for s in scores.values())] for key in _classes(evaluations)]
+    rows = [
+        [escape(key), *(percent(s.get(key)) for s in scores.values())]
+        for key in _classes(evaluations)
+    ]
     means = (f"<b>{percent(evaluations[name].get('mean_iou'))}</b>" for name in scores)
     numbers = table(["class", *map(escape, scores)], [*rows, ["<b>mean</b>", *means]])
     return f"<details><summary>Numbers, IoU in %</summary>{numbers}</details>"
@@ -263,12 +302,15 @@ def _percent(fraction: float | None) -> float | None:
     return None if fraction is None else 100 * fraction
 
 
-def conditions_chart(evaluations: Mapping[str, dict[str, Any]], colors: Mapping[str, int]) -> Chart | None:
+def conditions_chart(
+    evaluations: Mapping[str, dict[str, Any]], colors: Mapping[str, int]
+) -> Chart | None:
     """mIoU under each condition, where an evaluation has them."""
     split = {name: e["conditions"] for name, e in evaluations.items() if e.get("conditions")}
     names = list(dict.fromkeys(key for conditions in split.values() for key in conditions))
     bars = {
-        name: [_percent(conditions.get(key, {}).get("mean_iou")) for key in names] for name, conditions in split.items()
+        name: [_percent(conditions.get(key, {}).get("mean_iou")) for key in names]
+        for name, conditions in split.items()
     }
     return bar_chart("conditions", "mIoU by condition, %", names, bars, colors, unit=" %")
 
@@ -277,7 +319,10 @@ def confusion_charts(evaluations: Mapping[str, dict[str, Any]]) -> list[Chart]:
     """One matrix for each evaluation that has counts."""
     return [
         confusion_chart(
-            f"confusion_{_stem(name)}", f"{name}, % of each true class", e["confusion"], list(e["per_class"])
+            f"confusion_{_stem(name)}",
+            f"{name}, % of each true class",
+            e["confusion"],
+            list(e["per_class"]),
         )
         for name, e in evaluations.items()
         if "confusion" in e and "per_class" in e
@@ -297,7 +342,10 @@ def examples_html(examples: Sequence[Example]) -> str:
     for kind in dict.fromkeys(example.kind for example in examples):
         chosen = "".join(panels(e.name, e.panels) for e in examples if e.kind == kind)
         groups.append(f"<h3>{kind.capitalize()}</h3>{chosen}")
-    classes, present = examples[0].classes, sorted(set.union(*(example.present for example in examples)))
+    classes, present = (
+        examples[0].classes,
+        sorted(set.union(*(example.present for example in examples))),
+    )
     names = [*classes.names, "ignore"]
     colors = {names[index]: "rgb({},{},{})".format(*classes.palette[index]) for index in present}
     note = "By the mean IoU in % over the classes that occur in the image, averaged over the runs."
@@ -333,9 +381,17 @@ def provenance_table(runs: Sequence[Run]) -> str:
         begin = one.last("start")
         if begin is None:
             continue
-        versions = ", ".join(f"{name} {version}" for name, version in begin.get("versions", {}).items())
+        versions = ", ".join(
+            f"{name} {version}" for name, version in begin.get("versions", {}).items()
+        )
         device = f"{begin.get('device')}, {begin.get('threads')} threads"
-        cells = (one.name, versions, device, begin.get("revision") or "", one.options.get("data", ""))
+        cells = (
+            one.name,
+            versions,
+            device,
+            begin.get("revision") or "",
+            one.options.get("data", ""),
+        )
         rows.append([escape(str(cell)) for cell in cells])
     return table(["run", "versions", "device", "revision", "data"], rows) if rows else ""
 
@@ -381,9 +437,14 @@ def main(options: Options) -> None:
             evaluate_run(one, options)
     evaluations = {one.name: e for one in runs if (e := one.evaluation())}
     examples, notes = find_examples(
-        evaluations, count=options.examples, datadir=options.datadir, device=find_device(options.device)
+        evaluations,
+        count=options.examples,
+        datadir=options.datadir,
+        device=find_device(options.device),
     )
-    path = write_report(options.output, title=options.title, runs=runs, examples=examples, notes=notes, plots=plots)
+    path = write_report(
+        options.output, title=options.title, runs=runs, examples=examples, notes=notes, plots=plots
+    )
     print(f"report: {path}, plots: {plots}")
 
 
@@ -398,12 +459,18 @@ def evaluate_run(one: Run, options: Options) -> None:
         return
     missing = [key for key, kind in NEEDED.items() if not isinstance(one.options.get(key), kind)]
     if missing:
-        raise UserError(f"{one.folder / 'options.json'} has no {missing[0]}; evaluate this run by its IoU script")
+        raise UserError(
+            f"{one.folder / 'options.json'} has no {missing[0]}; evaluate this run by its IoU script"
+        )
     again = found or {}  # as it was evaluated before
     kept = {key: again[key] for key in ("subset", "protocol") if key in again}
     chosen = IoUOptions(
         datadir=options.datadir or Path(one.options["datadir"]),
-        weights=Path(again.get("weights", one.folder / f"{one.options.get('network', 'student')}.safetensors")),
+        weights=Path(
+            again.get(
+                "weights", one.folder / f"{one.options.get('network', 'student')}.safetensors"
+            )
+        ),
         **kept,
         height=again.get("height", one.options["height"]),
         num_workers=0,

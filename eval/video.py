@@ -8,7 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from cli import UserError, make_folder, writing
+from errors import UserError
+from files import atomic_write, make_folder
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
 
@@ -45,7 +46,9 @@ class Video:
     def _open(self) -> Iterator[Any]:
         av = import_av()
         try:
-            with av.open(str(self.path), metadata_errors="replace") as container:  # titles in any encoding
+            with av.open(
+                str(self.path), metadata_errors="replace"
+            ) as container:  # titles in any encoding
                 if not container.streams.video:
                     raise UnreadableError("no video in it")
                 stream = container.streams.video[0]
@@ -67,7 +70,9 @@ class VideoFile:
 
     def add(self, picture: Image.Image) -> None:
         if self._stream is None:
-            self._stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": "18"})
+            self._stream = self._container.add_stream(
+                "libx264", rate=self._rate, options={"crf": "18"}
+            )
             self._stream.width, self._stream.height = picture.size
             even = picture.width % 2 == picture.height % 2 == 0
             self._stream.pix_fmt = "yuv420p" if even else "yuv444p"
@@ -89,7 +94,7 @@ def writing_video(path: Path, rate: Fraction) -> Iterator[VideoFile]:
     """
     make_folder(path.parent)
     av = import_av()
-    with writing(path) as aside:
+    with atomic_write(path) as aside:
         try:
             with av.open(str(aside), "w", format="mp4") as container:
                 file = VideoFile(container, rate)
@@ -104,5 +109,7 @@ def import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise UserError("videos need PyAV; install it by pip install -r requirements-video.txt") from error
+        raise UserError(
+            "videos need PyAV; install it by pip install -r requirements-video.txt"
+        ) from error
     return av

@@ -32,7 +32,9 @@ class SegmentationModel(nn.Module):
     num_classes: int
     channels: tuple[int, ...]  # C_1..C_4
     class_names: tuple[str, ...] | None = None  # of every output, where the weights tell them
-    normalisation: Normalisation | None = None  # what weights trained elsewhere expect; the paper's models take none
+    normalisation: Normalisation | None = (
+        None  # what weights trained elsewhere expect; the paper's models take none
+    )
 
     def encode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Images (B, 3, H, W) -> features F1..F4 (B, C_i, h_i, w_i) and embeddings E1..E4 (B, h_i·w_i, C_i)."""
@@ -47,5 +49,7 @@ class SegmentationModel(nn.Module):
 
         With `logits=False` the decode head does not run: a teacher's logits enter no loss of TransKD.
         """
-        features, embeddings = self.encode(self.normalisation(images) if self.normalisation else images)
+        features, embeddings = self.encode(
+            self.normalisation(images) if self.normalisation else images
+        )
         return SegmentationOutput(self.decode(features) if logits else None, features, embeddings)

@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cli import UserError, writing
 from datasets import LAYOUTS
 from datasets.classes import named, plain
+from errors import UserError
+from files import atomic_write
 from models import lvt, pvtv2, segformer
 from models.base import Normalisation, SegmentationModel
 from models.factory import BUILDERS, MODELS, create_model
@@ -36,8 +37,17 @@ CONTAINERS = ("averaged", "model", "state_dict", "model_state_dict", "state_dict
 # What a pickle may call beside torch's own: numpy's numbers, as which many checkpoints keep their best score. numpy 1
 # and 2 have two names for it.
 NUMBERS: list[Any] = [
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *(np.dtype, *(type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?")),
+    *(
+        (np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
+        for core in ("core", "_core")
+    ),
+    *(
+        np.dtype,
+        *(
+            type(np.dtype(code))
+            for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"
+        ),
+    ),
 ]
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's, torch.compile's
 # The modules that the published scripts save beside `student.`: CSF, Knowledge Review, PEA, GL-Mixer, EA; ours, CWD's.
@@ -47,18 +57,36 @@ DISTILLATION_KEYS = re.compile(
 )
 RELU_HEAD = "decode_head."  # mmsegmentation's
 HEAD_KEYS = ("linear_c", "linear_fuse.", "linear_pred.", "neck.", "head.", RELU_HEAD)
-CLASSIFIERS = ("linear_pred.weight", "head.conv_seg.weight", "decode_head.conv_seg.weight")  # (classes, …)
+CLASSIFIERS = (
+    "linear_pred.weight",
+    "head.conv_seg.weight",
+    "decode_head.conv_seg.weight",
+)  # (classes, …)
 # The encoders, and how they name stage i's blocks and its patch embedding. PVTv2's ImageNet files are bare encoders;
 # its B5 is the very network of MiT's and goes by SegFormer's name.
 ENCODERS: tuple[tuple[Mapping[str, Any], str, str], ...] = (
-    ({name: config for name, (config, _) in segformer.CONFIGS.items()}, "block{i}", "patch_embed{i}"),
+    (
+        {name: config for name, (config, _) in segformer.CONFIGS.items()},
+        "block{i}",
+        "patch_embed{i}",
+    ),
     (pvtv2.CONFIGS, "block{i}", "patch_embed{i}"),
     (pvtv2.CONFIGS, "backbone.block{i}", "backbone.patch_embed{i}"),
     (lvt.CONFIGS, "backbone.{from_0}.1", "backbone.{from_0}.0"),
 )
 # What training tells `save_model`, and exports rely on.
-FACTS: dict[str, Any] = {"method": str, "dataset": str, "height": int, "step": int, "mean_iou": int | float}
-FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")  # the weights of a folder
+FACTS: dict[str, Any] = {
+    "method": str,
+    "dataset": str,
+    "height": int,
+    "step": int,
+    "mean_iou": int | float,
+}
+FOLDER_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "checkpoint.pth",
+)  # the weights of a folder
 
 
 def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
@@ -75,10 +103,16 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
     given, path = Path(path), weights_file(path)
     if not path.is_file():
         inside = ", ".join(sorted(file.name for file in given.glob("*.safetensors")))
-        hint = f"name a file there ({inside})" if inside else "check the path, or see the model zoo in README.md"
+        hint = (
+            f"name a file there ({inside})"
+            if inside
+            else "check the path, or see the model zoo in README.md"
+        )
         raise UserError(f"no weights at {given if inside else path}; {hint}")
     if path.suffix == ".onnx":
-        raise UserError(f"{path} is for eval/predict.py alone; name the weights that it was exported from")
+        raise UserError(
+            f"{path} is for eval/predict.py alone; name the weights that it was exported from"
+        )
     if path.suffix == ".safetensors":
         with _opened(path) as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -95,12 +129,18 @@ def read_weights(path: Path | str) -> tuple[State, dict[str, str]]:
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         if "TorchScript" in reason:
             reason = "it is a TorchScript program"
-        elif not isinstance(error, RuntimeError | OSError | EOFError):  # torch's own text is a page on its flags
+        elif not isinstance(
+            error, RuntimeError | OSError | EOFError
+        ):  # torch's own text is a page on its flags
             reason = "it is no PyTorch checkpoint"
-        raise UserError(f"{path} can't be read as weights ({reason}); fetch or save it again") from error
+        raise UserError(
+            f"{path} can't be read as weights ({reason}); fetch or save it again"
+        ) from error
     metadata = _told(content)
     while isinstance(content, Mapping):
-        inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
+        inner = next(
+            (content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None
+        )
         if inner is None:
             break
         content = inner
@@ -124,7 +164,9 @@ def weights_file(path: Path | str) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    return next((path / name for name in FOLDER_FILES if (path / name).is_file()), path / FOLDER_FILES[0])
+    return next(
+        (path / name for name in FOLDER_FILES if (path / name).is_file()), path / FOLDER_FILES[0]
+    )
 
 
 @contextmanager
@@ -133,7 +175,9 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); fetch or save it again") from error
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}); fetch or save it again"
+        ) from error
 
 
 def read_facts(path: Path | str) -> dict[str, Any]:
@@ -149,7 +193,10 @@ def read_facts(path: Path | str) -> dict[str, Any]:
     except ValueError:
         facts = None
     if not isinstance(facts, dict):
-        print(f"warning: the facts in {path} can't be understood and are left out ({text[:60]!r})", file=sys.stderr)
+        print(
+            f"warning: the facts in {path} can't be understood and are left out ({text[:60]!r})",
+            file=sys.stderr,
+        )
         return {}
     return {key: value for key, value in facts.items() if isinstance(value, FACTS.get(key, object))}
 
@@ -157,8 +204,13 @@ def read_facts(path: Path | str) -> dict[str, Any]:
 def _told(content: object) -> dict[str, str]:
     """What a checkpoint has to say beside its weights, as strings."""
     told = content if isinstance(content, Mapping) else {}
-    ours, meta = (part if isinstance(part := told.get(key), Mapping) else {} for key in ("metadata", "meta"))
-    config, dataset = meta.get("cfg", meta.get("config")), meta.get("dataset_meta")  # mmsegmentation 1.x, 0.x
+    ours, meta = (
+        part if isinstance(part := told.get(key), Mapping) else {} for key in ("metadata", "meta")
+    )
+    config, dataset = (
+        meta.get("cfg", meta.get("config")),
+        meta.get("dataset_meta"),
+    )  # mmsegmentation 1.x, 0.x
     names = dataset.get("classes") if isinstance(dataset, Mapping) else meta.get("CLASSES")
     found = {**ours, "config": config}
     if isinstance(names, list | tuple):
@@ -168,13 +220,21 @@ def _told(content: object) -> dict[str, str]:
 
 def strip_wrappers(state: State) -> State:
     """The bare network of a checkpoint: without `WRAPPERS`, `student.` and the distillation modules beside it."""
-    while wrapper := next((w for w in WRAPPERS if state and all(key.startswith(w) for key in state)), None):
+    while wrapper := next(
+        (w for w in WRAPPERS if state and all(key.startswith(w) for key in state)), None
+    ):
         state = {key.removeprefix(wrapper): value for key, value in state.items()}
-    student = {key.removeprefix("student."): v for key, v in state.items() if key.startswith("student.")}
+    student = {
+        key.removeprefix("student."): v for key, v in state.items() if key.startswith("student.")
+    }
     if not student:
         return state
     # A key that is neither the student's nor a known module's stays, so that loading refuses it by name.
-    others = {k: v for k, v in state.items() if not k.startswith("student.") and not DISTILLATION_KEYS.match(k)}
+    others = {
+        k: v
+        for k, v in state.items()
+        if not k.startswith("student.") and not DISTILLATION_KEYS.match(k)
+    }
     return student | others
 
 
@@ -206,19 +266,32 @@ def read_network(path: Path | str) -> tuple[State, Told]:
     if metadata.get("model") in BUILDERS:  # ours, whatever its keys are like
         normalisation = told_normalisation(path, metadata)
     elif huggingface.matches(state):
-        state, normalisation = huggingface.from_huggingface(state), _huggingface_normalisation(Path(path))
+        state, normalisation = (
+            huggingface.from_huggingface(state),
+            _huggingface_normalisation(Path(path)),
+        )
         names = _huggingface_names(Path(path))
     elif mmsegmentation.matches(state):
-        state, normalisation = mmsegmentation.from_mmseg(state), _mmseg_normalisation(metadata.get("config", ""))
+        state, normalisation = (
+            mmsegmentation.from_mmseg(state),
+            _mmseg_normalisation(metadata.get("config", "")),
+        )
     elif timm.matches(state):
         state = timm.from_timm(state)
-    elif any(key.startswith("decode_head.linear_pred.") for key in state):  # NVIDIA's SegFormer repository
-        bare = {key.removeprefix("backbone.").removeprefix("decode_head."): value for key, value in state.items()}
+    elif any(
+        key.startswith("decode_head.linear_pred.") for key in state
+    ):  # NVIDIA's SegFormer repository
+        bare = {
+            key.removeprefix("backbone.").removeprefix("decode_head."): value
+            for key, value in state.items()
+        }
         state = {key: value for key, value in bare.items() if not key.startswith("conv_seg.")}
         normalisation = IMAGENET
     else:
         normalisation = told_normalisation(path, metadata)
-    if empty := [key for key in CLASSIFIERS if key in state and (not state[key].dim() or not len(state[key]))]:
+    if empty := [
+        key for key in CLASSIFIERS if key in state and (not state[key].dim() or not len(state[key]))
+    ]:
         raise UserError(f"{path} has no class in {empty[0]}; fetch or save it again")
     state, class_names = in_our_order(state, names)
     return state, Told(normalisation, class_names, metadata.get("model"))
@@ -232,7 +305,11 @@ def in_our_order(state: State, names: Sequence[str]) -> tuple[State, tuple[str, 
     weight = next((key for key in CLASSIFIERS if key in state), None)
     if weight is None or not named(names) or state[weight].shape[:1] != (len(names),):
         return state, None
-    known = [(order, layout.classes) for layout in LAYOUTS.values() if (order := layout.classes.order(names))]
+    known = [
+        (order, layout.classes)
+        for layout in LAYOUTS.values()
+        if (order := layout.classes.order(names))
+    ]
     if not known:
         return state, tuple(names)
     # data sets with the same classes in orders of their own: these names may already be in one of them
@@ -243,7 +320,9 @@ def in_our_order(state: State, names: Sequence[str]) -> tuple[State, tuple[str, 
 def reordered(state: State, order: list[int]) -> State:
     """With the classifier's rows in this order."""
     keys = (key.replace("weight", what) for key in CLASSIFIERS for what in ("weight", "bias"))
-    return state | {key: state[key][order] for key in keys if key in state and len(state[key]) == len(order)}
+    return state | {
+        key: state[key][order] for key in keys if key in state and len(state[key]) == len(order)
+    }
 
 
 def told_normalisation(path: Path | str, metadata: Mapping[str, str]) -> Normalisation | None:
@@ -252,14 +331,18 @@ def told_normalisation(path: Path | str, metadata: Mapping[str, str]) -> Normali
     try:
         return _normalisation(*json.loads(told)) if told else None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} tells a normalisation that is none ({told and told[:120]}); save it again") from error
+        raise UserError(
+            f"{path} tells a normalisation that is none ({told and told[:120]}); save it again"
+        ) from error
 
 
 def _told_names(path: Path | str, metadata: Mapping[str, str]) -> list[str]:
     try:
         return [name.strip() for name in json.loads(metadata.get("class_names", "[]"))]
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} tells class names that are none ({error}); save it again") from error
+        raise UserError(
+            f"{path} tells class names that are none ({error}); save it again"
+        ) from error
 
 
 def _huggingface_names(path: Path) -> list[str]:
@@ -268,7 +351,9 @@ def _huggingface_names(path: Path) -> list[str]:
         labels = json.loads(file.read_text()).get("id2label", {}) if file.is_file() else {}
         return [str(labels[i]) for i in sorted(labels, key=int)]
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is no configuration that can be understood ({error}); mend or remove it") from error
+        raise UserError(
+            f"{file} is no configuration that can be understood ({error}); mend or remove it"
+        ) from error
 
 
 def _normalisation(mean: Sequence[float], std: Sequence[float]) -> Normalisation | None:
@@ -284,7 +369,9 @@ def _mmseg_normalisation(config: str) -> Normalisation | None:
     values = []
     for name in ("mean", "std"):
         found = re.search(rf"\b{name}\W*[=:]\s*[\[(]([\d.,\s]+)[\])]", config)
-        values.append([float(number) / 255 for number in re.findall(r"[\d.]+", found[1])] if found else [])
+        values.append(
+            [float(number) / 255 for number in re.findall(r"[\d.]+", found[1])] if found else []
+        )
     mean, std = values
     return _normalisation(mean, std) if len(mean) == len(std) == 3 else IMAGENET
 
@@ -296,13 +383,20 @@ def _huggingface_normalisation(path: Path) -> Normalisation | None:
         return None
     try:
         processor = json.loads(file.read_text())
-        scale = 255 * (processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1)
+        scale = 255 * (
+            processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
+        )
         mean, std = NO_NORMALISATION
         if processor.get("do_normalize", True):
-            mean, std = processor.get("image_mean", IMAGENET.mean), processor.get("image_std", IMAGENET.std)
+            mean, std = (
+                processor.get("image_mean", IMAGENET.mean),
+                processor.get("image_std", IMAGENET.std),
+            )
         return _normalisation([x / scale for x in mean], [x / scale for x in std])
     except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{file} is no image processor that can be understood ({error}); mend or remove it") from error
+        raise UserError(
+            f"{file} is no image processor that can be understood ({error}); mend or remove it"
+        ) from error
 
 
 def recognise(state: State) -> str | None:
@@ -311,15 +405,23 @@ def recognise(state: State) -> str | None:
         depths, widths, ratios = [], [], []
         for i in range(1, 5):
             blocks, patches = (name.format(i=i, from_0=i - 1) for name in (block, embed))
-            numbers = {int(m[1]) for key in state if (m := re.match(rf"{re.escape(blocks)}\.(\d+)\.", key))}
-            proj, hidden = state.get(f"{patches}.proj.weight"), state.get(f"{blocks}.0.mlp.fc1.weight")
+            numbers = {
+                int(m[1]) for key in state if (m := re.match(rf"{re.escape(blocks)}\.(\d+)\.", key))
+            }
+            proj, hidden = (
+                state.get(f"{patches}.proj.weight"),
+                state.get(f"{blocks}.0.mlp.fc1.weight"),
+            )
             if not numbers or proj is None or not proj.dim() or not len(proj):
                 break
             depths.append(max(numbers) + 1)
             widths.append(len(proj))
             ratios.append(None if hidden is None or not hidden.dim() else len(hidden) // len(proj))
         for name, config in configs.items():
-            like = all(found in (None, ratio) for found, ratio in zip(ratios, config.mlp_ratios, strict=False))
+            like = all(
+                found in (None, ratio)
+                for found, ratio in zip(ratios, config.mlp_ratios, strict=False)
+            )
             if like and (list(config.depths), list(config.channels)) == (depths, widths):
                 return name
     return None
@@ -336,7 +438,11 @@ def load_model(path: Path | str) -> SegmentationModel:
     state, told = read_network(path)
     name = told.model if told.model in BUILDERS else recognise(state)
     if name is None:
-        what = f"{told.model}, which models/factory.py lacks" if told.model else "no model that is known here"
+        what = (
+            f"{told.model}, which models/factory.py lacks"
+            if told.model
+            else "no model that is known here"
+        )
         raise UserError(f"{path} holds {what} ({_some(list(state))}); known: {', '.join(MODELS)}")
     classifier = next((key for key in CLASSIFIERS if key in state), None)
     if classifier is None:
@@ -382,14 +488,19 @@ def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
     whole = any(key in state for key in CLASSIFIERS)
     wanted = model.state_dict()
     if any(key.startswith(RELU_HEAD) and key not in wanted for key in state):
-        print(f"warning: the decode head in {path} is mmsegmentation's; the encoder alone is taken", file=sys.stderr)
+        print(
+            f"warning: the decode head in {path} is mmsegmentation's; the encoder alone is taken",
+            file=sys.stderr,
+        )
         state = {key: value for key, value in state.items() if not key.startswith(RELU_HEAD)}
     elif whole:
         _load(model, _with_classes_of(model, state, names, path), path)
         model.normalisation = normalisation
         return True
     state = {key: value for key, value in state.items() if key not in ("head.weight", "head.bias")}
-    if "backbone.patch_embed1.proj.weight" in wanted and "patch_embed1.proj.weight" in state:  # PVTv2's bare encoder
+    if (
+        "backbone.patch_embed1.proj.weight" in wanted and "patch_embed1.proj.weight" in state
+    ):  # PVTv2's bare encoder
         state = {f"backbone.{key}": value for key, value in state.items()}
     head = {key: value for key, value in wanted.items() if key.startswith(HEAD_KEYS)}
     _load(model, state | head, path)
@@ -398,7 +509,9 @@ def load_backbone(model: SegmentationModel, path: Path | str) -> bool:
     return False
 
 
-def _with_classes_of(model: SegmentationModel, state: State, names: Sequence[str] | None, path: Path | str) -> State:
+def _with_classes_of(
+    model: SegmentationModel, state: State, names: Sequence[str] | None, path: Path | str
+) -> State:
     """A whole network with `model`'s classes: its classifier's rows by their names, `model`'s own where it has none."""
     wanted, outputs = model.state_dict(), model.num_classes
     weight = next(key for key in CLASSIFIERS if key in state)
@@ -415,14 +528,27 @@ def _with_classes_of(model: SegmentationModel, state: State, names: Sequence[str
         print(f"warning: {path} lacks the classes {lacking}; they start anew", file=sys.stderr)
     for key in (weight, weight.replace("weight", "bias")):
         theirs, ours = state.get(key), wanted.get(key)
-        if theirs is not None and ours is not None and theirs.shape[1:] == ours.shape[1:] and len(theirs) == count:
-            state = state | {key: torch.stack([ours[i] if row is None else theirs[row] for i, row in enumerate(rows)])}
+        if (
+            theirs is not None
+            and ours is not None
+            and theirs.shape[1:] == ours.shape[1:]
+            and len(theirs) == count
+        ):
+            state = state | {
+                key: torch.stack(
+                    [ours[i] if row is None else theirs[row] for i, row in enumerate(rows)]
+                )
+            }
     return state
 
 
 def metadata_of(model: SegmentationModel, **facts: Any) -> dict[str, str]:
     """What goes with a network's weights wherever they are written: `facts`, as JSON, and what it needs to be used."""
-    metadata = {"facts": json.dumps(facts), "model": model.name, "num_classes": str(model.num_classes)}
+    metadata = {
+        "facts": json.dumps(facts),
+        "model": model.name,
+        "num_classes": str(model.num_classes),
+    }
     if model.normalisation is not None:
         metadata["normalisation"] = json.dumps(model.normalisation)
     if model.class_names is not None:
@@ -434,7 +560,7 @@ def save_model(model: SegmentationModel, path: Path, **facts: Any) -> None:
     """Write the bare network as safetensors, whole or not at all; `facts` go into its metadata."""
     metadata = {"format": "pt"} | metadata_of(model, **facts)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with writing(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_bytes(save(state, metadata))
 
 
@@ -450,13 +576,21 @@ def _load(model: SegmentationModel, state: State, path: Path | str) -> None:
     if missing or unknown or misfits:
         found = recognise(state)
         looks = f"; it looks like {found}" if found and found != model.name else ""
-        if any(key.startswith(RELU_HEAD) for key in unknown) and not any(key.startswith(RELU_HEAD) for key in wanted):
+        if any(key.startswith(RELU_HEAD) for key in unknown) and not any(
+            key.startswith(RELU_HEAD) for key in wanted
+        ):
             looks += "; its decode head is mmsegmentation's"
         parts = [("missing", missing), ("unknown", unknown), ("of another shape", misfits)]
         detail = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in parts if keys)
-        raise UserError(f"{path} does not fit {model.name} with {model.num_classes} classes{looks} ({detail})")
-    if lost := [key for key, value in wanted.items() if not state[key].to(value.dtype).isfinite().all()]:
-        raise UserError(f"{path} holds NaN or infinity ({_some(lost)}); its training failed: take an earlier one")
+        raise UserError(
+            f"{path} does not fit {model.name} with {model.num_classes} classes{looks} ({detail})"
+        )
+    if lost := [
+        key for key, value in wanted.items() if not state[key].to(value.dtype).isfinite().all()
+    ]:
+        raise UserError(
+            f"{path} holds NaN or infinity ({_some(lost)}); its training failed: take an earlier one"
+        )
     model.load_state_dict(state)
 
 

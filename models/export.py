@@ -38,9 +38,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import cli
-from cli import UserError
 from datasets import find_layout
 from datasets.classes import Classes
+from errors import UserError
 from models.base import SegmentationModel
 from models.checkpoints import NO_NORMALISATION, load_model, read_facts, recognise, save_model
 from models.layouts.huggingface import huggingface_shape, to_huggingface
@@ -49,7 +49,9 @@ from models.model_card import model_card, read_run
 from models.pyramid import MIN_HEIGHT
 from models.segformer import CONFIGS, SegFormer
 
-Network = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, C, h, w), or classes (B, h, w)
+Network = Callable[
+    [Tensor], Tensor
+]  # images (B, 3, H, W) -> logits (B, C, h, w), or classes (B, h, w)
 
 SIZES = ((2, 3, 64, 96), (1, 3, 97, 131))  # on which an export must agree with ours
 EXTRA = "pip install -r requirements-export.txt"
@@ -124,12 +126,20 @@ def main(options: Options) -> None:
     if options.argmax and options.format != "onnx":
         raise UserError(f"--argmax is for onnx; {options.format} holds weights, not a graph")
     if (endings := ENDINGS.get(options.format)) and options.output.suffix not in endings:
-        raise UserError(f"--output {options.output} must end in {' or '.join(endings)} for --format {options.format}")
+        raise UserError(
+            f"--output {options.output} must end in {' or '.join(endings)} for --format {options.format}"
+        )
     if options.height is not None and options.format not in FOLDERS:
         raise UserError(f"--height is for hf and mmseg; {options.format} takes images of any size")
     if options.height is not None and options.height < MIN_HEIGHT:
-        raise UserError(f"--height is {options.height}; the network's four stages need at least {MIN_HEIGHT}")
-    if options.output.exists() and options.weights.exists() and options.output.samefile(options.weights):
+        raise UserError(
+            f"--height is {options.height}; the network's four stages need at least {MIN_HEIGHT}"
+        )
+    if (
+        options.output.exists()
+        and options.weights.exists()
+        and options.output.samefile(options.weights)
+    ):
         raise UserError(
             f"--output {options.output} is --weights, of which an export keeps the network alone; name another"
         )
@@ -152,10 +162,22 @@ def main(options: Options) -> None:
         except ImportError as error:
             raise UserError(f"--format {options.format} needs {error.name}; {EXTRA}") from error
         if not found < TOLERANCE[options.format]:
-            raise UserError(f"the exported network differs from ours by {found:.1e}; nothing was written, report this")
-    size = sum(file.stat().st_size for file in (options.output, *options.output.rglob("*")) if file.is_file())
-    what = "share of pixels that differ" if options.argmax else "largest difference of the logits, relative"
-    print(f"{options.output}: {model.name}, {export.parameters / 1e6:.2f} M parameters, {size / 1e6:.1f} MB")
+            raise UserError(
+                f"the exported network differs from ours by {found:.1e}; nothing was written, report this"
+            )
+    size = sum(
+        file.stat().st_size
+        for file in (options.output, *options.output.rglob("*"))
+        if file.is_file()
+    )
+    what = (
+        "share of pixels that differ"
+        if options.argmax
+        else "largest difference of the logits, relative"
+    )
+    print(
+        f"{options.output}: {model.name}, {export.parameters / 1e6:.2f} M parameters, {size / 1e6:.1f} MB"
+    )
     print(f"compared with ours: {what}: {found:.1e}")
 
 
@@ -215,7 +237,9 @@ def placing(path: Path, *, folder: bool) -> Iterator[Path]:
             yield aside
             aside.replace(path)
     except OSError as error:
-        raise UserError(f"can't write {path} ({error.strerror or error}); choose another --output") from error
+        raise UserError(
+            f"can't write {path} ({error.strerror or error}); choose another --output"
+        ) from error
 
 
 # safetensors, torch ---------------------------------------------------------------------------------------------------
@@ -227,9 +251,13 @@ def write_safetensors(export: Export, path: Path) -> None:
 
 def write_torch(export: Export, path: Path) -> None:
     if export.model.normalisation is not None:
-        raise UserError("these weights expect normalised images, and a bare state dict can't say so; use safetensors")
+        raise UserError(
+            "these weights expect normalised images, and a bare state dict can't say so; use safetensors"
+        )
     if recognise(export.model.state_dict()) != export.model.name:
-        raise UserError(f"a bare state dict can't say that it is {export.model.name}; use safetensors")
+        raise UserError(
+            f"a bare state dict can't say that it is {export.model.name}; use safetensors"
+        )
     path.write_bytes(packed(export.model.state_dict()))
 
 
@@ -249,13 +277,18 @@ def reload_weights(path: Path) -> Network:
 
 def write_onnx(export: Export, path: Path) -> None:
     """One file with dynamic batch, height and width; class names in its metadata."""
-    for chatter in ("torch.onnx", "onnxscript"):  # the one misses torchvision, the other tells what it leaves as it is
+    for chatter in (
+        "torch.onnx",
+        "onnxscript",
+    ):  # the one misses torchvision, the other tells what it leaves as it is
         logging.getLogger(chatter).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
         program = torch.onnx.export(
             export.network.eval(),
-            (torch.rand(2, 3, 96, 160),),  # sizes that differ, and no 1: it would be taken for a constant
+            (
+                torch.rand(2, 3, 96, 160),
+            ),  # sizes that differ, and no 1: it would be taken for a constant
             dynamo=True,
             verbose=False,
             input_names=["images"],
@@ -264,7 +297,9 @@ def write_onnx(export: Export, path: Path) -> None:
         )
     assert program is not None  # for dynamo=True it is an ONNXProgram
     program.model.metadata_props.update(
-        model=export.model.name, classes=json.dumps(export.class_names), images="float32 RGB in [0, 1]"
+        model=export.model.name,
+        classes=json.dumps(export.class_names),
+        images="float32 RGB in [0, 1]",
     )
     program.save(path, external_data=False)
 
@@ -292,7 +327,9 @@ class OnnxNetwork:
             raise UserError(f"{path} is no network that models.export wrote ({reason})") from error
 
     def __call__(self, images: Tensor) -> Tensor:
-        (output,) = self.session.run(None, {"images": images.numpy().astype(np.float32, copy=False)})
+        (output,) = self.session.run(
+            None, {"images": images.numpy().astype(np.float32, copy=False)}
+        )
         return torch.from_numpy(output)
 
 
@@ -339,7 +376,9 @@ def reload_huggingface(folder: Path) -> Network:
     loaded: Any = SegformerForSemanticSegmentation.from_pretrained(folder, output_loading_info=True)
     theirs, report = loaded
     if any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-        raise UserError(f"transformers does not find all weights in the export ({report}); report this")
+        raise UserError(
+            f"transformers does not find all weights in the export ({report}); report this"
+        )
     theirs.eval()
     normalise = load_model(folder).normalisation
     return lambda images: theirs(normalise(images) if normalise else images).logits
@@ -354,11 +393,20 @@ def write_mmseg(export: Export, folder: Path) -> None:
     state = to_mmseg(export.model.state_dict())
     config = mmseg_config(export, width=len(state["decode_head.fusion_conv.conv.weight"]))
     text = f'"""{export.model.name} from TransKD for mmsegmentation 1.x."""\n\n'
-    text += "".join(f"{name} = {pformat(value, width=100, sort_dicts=False)}\n" for name, value in config.items())
+    text += "".join(
+        f"{name} = {pformat(value, width=100, sort_dicts=False)}\n"
+        for name, value in config.items()
+    )
     (folder / "config.py").write_text(text)
-    meta: dict[str, Any] = {"cfg": text, "facts": export.facts, "dataset_meta": {"classes": export.class_names}}
+    meta: dict[str, Any] = {
+        "cfg": text,
+        "facts": export.facts,
+        "dataset_meta": {"classes": export.class_names},
+    }
     if export.classes:
-        meta["dataset_meta"]["palette"] = export.classes.palette[: export.model.num_classes].tolist()
+        meta["dataset_meta"]["palette"] = export.classes.palette[
+            : export.model.num_classes
+        ].tolist()
     (folder / "checkpoint.pth").write_bytes(packed({"meta": meta, "state_dict": state}))
 
 
@@ -400,14 +448,23 @@ def mmseg_config(export: Export, width: int) -> dict[str, Any]:
                 "num_classes": export.model.num_classes,
                 "norm_cfg": {"type": "BN", "requires_grad": True},
                 "align_corners": False,
-                "loss_decode": {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0},
+                "loss_decode": {
+                    "type": "CrossEntropyLoss",
+                    "use_sigmoid": False,
+                    "loss_weight": 1.0,
+                },
             },
             "train_cfg": {},
             "test_cfg": {"mode": "whole"},
         },
         "test_pipeline": [
             {"type": "LoadImageFromFile"},
-            {"type": "Resize", "scale": (16 * export.height, export.height), "keep_ratio": True, "backend": "pillow"},
+            {
+                "type": "Resize",
+                "scale": (16 * export.height, export.height),
+                "keep_ratio": True,
+                "backend": "pillow",
+            },
             {"type": "PackSegInputs"},
         ],
     }

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from cli import UserError
+from errors import UserError
 from models import lvt, pvtv2, segformer
 from models.base import SegmentationModel
 from models.lvt import LVT

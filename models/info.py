@@ -30,8 +30,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cli
-from cli import UserError, find_device
-from models.distillation import CrossSelectiveFusion, Distiller, EmbeddingAssistant, GLMixer, PatchEmbeddingAlignment
+from cli import find_device
+from errors import UserError
+from models.distillation import (
+    CrossSelectiveFusion,
+    Distiller,
+    EmbeddingAssistant,
+    GLMixer,
+    PatchEmbeddingAlignment,
+)
 from models.distillation.csf import SelectiveKernelFusion
 from models.distillation.gl_mixer import SelfAttention
 from models.factory import MODELS, create_model
@@ -66,7 +73,9 @@ def _norm(layer: Any, x: Tensor, y: Tensor) -> int:
     return 2 * x.numel()
 
 
-LAYERS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {  # layer, input, output -> MACs
+LAYERS: dict[
+    type[nn.Module], Callable[[Any, Tensor, Tensor], int]
+] = {  # layer, input, output -> MACs
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
     **dict.fromkeys((nn.Linear, Linear), lambda layer, x, y: x.numel() * layer.out_features),
@@ -89,7 +98,11 @@ def _all_mlp_head(model: AllMLPHead, features: tuple[Tensor, ...]) -> Iterator[C
     conv, bn = model.linear_fuse.conv, model.linear_fuse.bn
     batch, _, h, w = features[0].shape
     fused = torch.empty(batch, conv.out_channels, h, w, device="meta")
-    for name, kind, layer in (("conv", nn.Conv2d, conv), ("bn", nn.BatchNorm2d, bn), ("activate", nn.ReLU, None)):
+    for name, kind, layer in (
+        ("conv", nn.Conv2d, conv),
+        ("bn", nn.BatchNorm2d, bn),
+        ("activate", nn.ReLU, None),
+    ):
         yield Count(f"linear_fuse.{name}", kind.__name__, LAYERS[kind](layer, fused, fused))
     logits = torch.empty(batch, model.num_classes, h, w, device="meta")
     yield Count("linear_pred", "Conv2d", _convolution(model.linear_pred, fused, logits))
@@ -105,9 +118,13 @@ def _counts(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Iterator
         yield Count("pool", "AdaptiveAvgPool2d", output[1].numel())
     elif isinstance(module, Attention | RecursiveAtrousSelfAttention):
         x, h, w = inputs
-        reduced = (h // module.sr_ratio) * (w // module.sr_ratio)  # tokens that give keys and values
+        reduced = (h // module.sr_ratio) * (
+            w // module.sr_ratio
+        )  # tokens that give keys and values
         times = getattr(module, "RECURSIONS", 1)
-        yield Count("", ATTENTION, times * 2 * x.numel() * reduced)  # query · key, then weights · value
+        yield Count(
+            "", ATTENTION, times * 2 * x.numel() * reduced
+        )  # query · key, then weights · value
     elif isinstance(module, ConvolutionalSelfAttention):
         x, h, w = inputs
         windows = len(x) * math.ceil(h / module.STRIDE) * math.ceil(w / module.STRIDE)
@@ -184,11 +201,15 @@ def build(name: str) -> nn.Module:
         return create_model(name).eval()
     student = create_model("segformer_b0")
     channels = student.channels, CONFIGS["segformer_b2"][0].channels
-    distiller = Distiller(student, None, fusion=CrossSelectiveFusion(*channels), alignment=METHODS[name](*channels))
+    distiller = Distiller(
+        student, None, fusion=CrossSelectiveFusion(*channels), alignment=METHODS[name](*channels)
+    )
     return distiller.eval()
 
 
-def measure(name: str, height: int, width: int, device: torch.device, repeats: int = 5) -> tuple[float, float | None]:
+def measure(
+    name: str, height: int, width: int, device: torch.device, repeats: int = 5
+) -> tuple[float, float | None]:
     """Median seconds of a forward pass of one image, and the most bytes that weights and passes took together.
 
     Bytes are torch's on a GPU and the growth of the resident memory on a CPU, there right only in a process that
@@ -251,9 +272,13 @@ def table(options: Options) -> Table:
             f"{options.height}×{options.width} is too small: the networks go down to a 32nd; 32 is the least"
         )
     if max(options.height, options.width) > MAX_SIDE:
-        raise UserError(f"{options.height}×{options.width} is too large; {MAX_SIDE} a side is the most")
+        raise UserError(
+            f"{options.height}×{options.width} is too large; {MAX_SIDE} a side is the most"
+        )
     if options.device != "auto" and not options.measure:
-        raise UserError(f"--device {options.device} says where --measure runs; add that, or leave it out")
+        raise UserError(
+            f"--device {options.device} says where --measure runs; add that, or leave it out"
+        )
     device = find_device(options.device)
     size = options.height, options.width
     result = Table(title=f"one image of {size[0]}×{size[1]}")
@@ -266,7 +291,11 @@ def table(options: Options) -> Table:
             module, images = build(name), torch.empty(1, 3, *size)
         counts = count_macs(module, images)
         macs = published_macs(counts), full_macs(counts), executed_macs(module, images)
-        row = [name, f"{sum(p.numel() for p in module.parameters()):,}", *(f"{m / 1e9:.2f}" for m in macs)]
+        row = [
+            name,
+            f"{sum(p.numel() for p in module.parameters()):,}",
+            *(f"{m / 1e9:.2f}" for m in macs),
+        ]
         if options.measure:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
                 seconds, memory = fresh.submit(measure, name, *size, device).result()
@@ -278,7 +307,9 @@ def table(options: Options) -> Table:
 def main(options: Options) -> None:
     Console().print(table(options))
     if any(name in METHODS for name in options.names):
-        print("A method's row counts its distillation modules; what is deployed is the bare student, segformer_b0.")
+        print(
+            "A method's row counts its distillation modules; what is deployed is the bare student, segformer_b0."
+        )
 
 
 if __name__ == "__main__":

@@ -25,8 +25,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or (x.numel() // x.shape[-1]) % MANY
     ):
         return F.linear(x, weight, bias)
-    images = x.reshape(MANY, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (16, C_in, 1, rows), channels_last
-    return F.conv2d(images, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    images = x.reshape(MANY, 1, -1, x.shape[-1]).permute(
+        0, 3, 1, 2
+    )  # (16, C_in, 1, rows), channels_last
+    return (
+        F.conv2d(images, weight[:, :, None, None], bias)
+        .permute(0, 2, 3, 1)
+        .reshape(*x.shape[:-1], -1)
+    )
 
 
 class Linear(nn.Linear):

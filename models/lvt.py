@@ -12,14 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.linear import Linear
-from models.pyramid import OverlapPatchEmbed, PyramidConfig, init_weights, patch_embeddings, to_map, to_tokens
+from models.pyramid import (
+    OverlapPatchEmbed,
+    PyramidConfig,
+    init_weights,
+    patch_embeddings,
+    to_map,
+    to_tokens,
+)
 from models.segformer import AllMLPHead
 
 HEAD_WIDTH = 256
 # Stage 1 has no reduction: it attends within windows.
 CONFIGS = {
     "lvt": PyramidConfig(
-        (64, 64, 160, 256), (2, 2, 2, 2), mlp_ratios=(4, 8, 4, 4), heads=(2, 2, 5, 8), sr_ratios=(1, 4, 2, 1)
+        (64, 64, 160, 256),
+        (2, 2, 2, 2),
+        mlp_ratios=(4, 8, 4, 4),
+        heads=(2, 2, 5, 8),
+        sr_ratios=(1, 4, 2, 1),
     )
 }
 
@@ -38,7 +49,9 @@ class ConvolutionalSelfAttention(nn.Module):
         self.heads = heads
         self.attn = Linear(channels, positions**2 * heads)
         self.pool = nn.AvgPool2d(self.STRIDE, ceil_mode=True)
-        self.weight = nn.Conv2d(positions * channels, positions * channels, 1, groups=positions, bias=False)
+        self.weight = nn.Conv2d(
+            positions * channels, positions * channels, 1, groups=positions, bias=False
+        )
         self.proj = Linear(channels, channels)
         nn.init.normal_(self.weight.weight, std=(2 / (positions * channels)) ** 0.5)
 
@@ -46,9 +59,13 @@ class ConvolutionalSelfAttention(nn.Module):
         k, channels = self.KERNEL, x.shape[2]
         x_map = to_map(x, h, w)
         scores = self.attn(to_tokens(self.pool(x_map))).unflatten(2, (self.heads, k * k, k * k))
-        scores = (scores * (channels // self.heads) ** -0.5).softmax(-1)  # (B, L windows, heads, k² out, k² in)
+        scores = (scores * (channels // self.heads) ** -0.5).softmax(
+            -1
+        )  # (B, L windows, heads, k² out, k² in)
         windows = F.unfold(x_map, k, padding=self.PADDING, stride=self.STRIDE)  # (B, C·k², L)
-        windows = windows.unflatten(1, (channels, k * k)).transpose(1, 2).flatten(1, 2)  # (B, k²·C, L)
+        windows = (
+            windows.unflatten(1, (channels, k * k)).transpose(1, 2).flatten(1, 2)
+        )  # (B, k²·C, L)
         values = self.weight(windows[..., None]).squeeze(-1).unflatten(1, (k * k, self.heads, -1))
         out = scores @ values.permute(0, 4, 2, 1, 3)  # (B, L, heads, k², d)
         out = out.permute(0, 2, 4, 3, 1).flatten(1, 3)  # (B, C·k², L)
@@ -69,7 +86,8 @@ class DilatedDepthwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> the same shape."""
         one, three, five = (
-            F.silu(F.conv2d(x, self.weight, padding=d, dilation=d, groups=len(self.weight))) for d in self.DILATIONS
+            F.silu(F.conv2d(x, self.weight, padding=d, dilation=d, groups=len(self.weight)))
+            for d in self.DILATIONS
         )
         return one + three + five
 
@@ -102,7 +120,9 @@ class RecursiveAtrousSelfAttention(nn.Module):
         q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
         if self.sr_ratio > 1:
             x = self.norm(to_tokens(self.sr(to_map(x, h, w))))  # (B, M, C)
-        k, v = self.kv(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, M, d) each
+        k, v = (
+            self.kv(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # (B, heads, M, d) each
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
@@ -170,7 +190,9 @@ class Stage(nn.ModuleList):
 class LVT(AllMLPHead):
     """LVT with SegFormer's head. It has no stochastic depth: `drop_path_rate` is there for the other models' sake."""
 
-    def __init__(self, name: str, num_classes: int = 20, *, drop_path_rate: float = 0.0, dropout: float = 0.1) -> None:
+    def __init__(
+        self, name: str, num_classes: int = 20, *, drop_path_rate: float = 0.0, dropout: float = 0.1
+    ) -> None:
         super().__init__()
         config = CONFIGS[name]
         self.name, self.num_classes, self.channels = name, num_classes, config.channels

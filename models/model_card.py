@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli import UserError
-from eval.records import read_json, read_records
+from errors import UserError
+from eval.records import read_records
+from files import read_json
 from models.distillation.methods import PUBLISHED
 
 if TYPE_CHECKING:
@@ -49,15 +50,44 @@ above accordingly, and name the data set there: what is known of it here is its 
 """
 UNSAID = frozenset(
     [
-        *("method", "network", "dataset", "parameters", "data", "teacher"),  # on the card already, or hashes
-        *("datadir", "train_list", "output_dir", "teacher_weights", "student_weights"),  # paths: nobody's business
-        *("cache", "num_workers", "device", "resume", "override", "validate_every", "validate_teacher", "save_every"),
+        *(
+            "method",
+            "network",
+            "dataset",
+            "parameters",
+            "data",
+            "teacher",
+        ),  # on the card already, or hashes
+        *(
+            "datadir",
+            "train_list",
+            "output_dir",
+            "teacher_weights",
+            "student_weights",
+        ),  # paths: nobody's business
+        *(
+            "cache",
+            "num_workers",
+            "device",
+            "resume",
+            "override",
+            "validate_every",
+            "validate_teacher",
+            "save_every",
+        ),
         *("steps_loss", "tensorboard", "visualize", "port"),
     ]
 )
 """Options of a run that don't belong on its card; all others may have changed its numbers."""
 OF_TEACHING = (
-    *("teacher_model", "embed", "embed_weights", "knowledge_distillation_loss", "review_kd_loss_weight", "lambda_cwd"),
+    *(
+        "teacher_model",
+        "embed",
+        "embed_weights",
+        "knowledge_distillation_loss",
+        "review_kd_loss_weight",
+        "lambda_cwd",
+    ),
     *("temperature", "logits_weight", "logits_temperature"),
 )
 """Those that a run without a teacher has in vain."""
@@ -93,7 +123,11 @@ def model_card(export: "Export") -> str:
         license="other",
         metrics=["mean_iou"] if results else None,
         eval_results=results,
-        tags=["segformer", "semantic-segmentation", *(["knowledge-distillation", "transkd"] if taught else [])],
+        tags=[
+            "segformer",
+            "semantic-segmentation",
+            *(["knowledge-distillation", "transkd"] if taught else []),
+        ],
     )
     card = CARD.format(
         title=title,
@@ -103,8 +137,11 @@ def model_card(export: "Export") -> str:
         dataset=f", trained on a data set in the layout of {dataset}" if dataset else "",
         method=training(method),
         height=export.height,
-        input="scaled to [0, 1]" + (", then normalised" if model.normalisation else ", not normalised"),
-        labels="the last one is `ignore`" if export.class_names[-1] == "ignore" else "one for each class",
+        input="scaled to [0, 1]"
+        + (", then normalised" if model.normalisation else ", not normalised"),
+        labels="the last one is `ignore`"
+        if export.class_names[-1] == "ignore"
+        else "one for each class",
         result=result_section(facts, export.record),
         recipe=recipe_section(export.recipe, export.record, taught),
     )
@@ -116,16 +153,23 @@ def training(method: str | None) -> str:
     if method is None:
         return f"Exported from a PyTorch implementation of {PAPER}."
     if method in ALONE:
-        return f"Trained without a teacher (method {method}), by a PyTorch implementation of {PAPER}."
+        return (
+            f"Trained without a teacher (method {method}), by a PyTorch implementation of {PAPER}."
+        )
     if method in (*PUBLISHED, *PUBLISHED.values()):
         return f"Distilled by {method} of {PAPER}; only the student is here."
-    return f"Distilled by {method}, in a PyTorch implementation of {PAPER}; only the student is here."
+    return (
+        f"Distilled by {method}, in a PyTorch implementation of {PAPER}; only the student is here."
+    )
 
 
 def read_run(weights: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The options and the records of the run in whose folder the weights lie; both empty where there is none."""
     try:
-        options, record = read_json(weights.parent / "options.json"), read_records(weights.parent / "metrics.jsonl")
+        options, record = (
+            read_json(weights.parent / "options.json"),
+            read_records(weights.parent / "metrics.jsonl"),
+        )
     except UserError:  # no run's folder, or it was damaged
         return {}, []
     if options is None:
@@ -140,7 +184,9 @@ def result_section(facts: dict[str, Any], record: list[dict[str, Any]]) -> str:
         return "None is recorded in these weights."
     text = f"{100 * score:.2f} % mIoU on the validation split after step {step or '?'}, on maps of a quarter of the "
     text += "input's size."
-    measured = [event for event in record if event.get("event") == "val" and event.get("step") == step]
+    measured = [
+        event for event in record if event.get("event") == "val" and event.get("step") == step
+    ]
     if not measured:
         return text
     ious = {name: iou for name, iou in measured[-1].get("per_class", {}).items() if iou is not None}
@@ -153,7 +199,11 @@ def recipe_section(options: dict[str, Any], record: list[dict[str, Any]], taught
     if not options:
         return "Nothing is recorded beside these weights."
     unsaid = UNSAID if taught else UNSAID | set(OF_TEACHING)
-    text = ", ".join(f"{key} {value}" for key, value in options.items() if key not in unsaid and value is not None)
+    text = ", ".join(
+        f"{key} {value}"
+        for key, value in options.items()
+        if key not in unsaid and value is not None
+    )
     started = [event for event in record if event.get("event") == "start"]
     if not started:
         return f"Options: {text}."

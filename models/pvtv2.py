@@ -50,7 +50,9 @@ class FPN(nn.Module):
         """F1..F4 (B, C_i, h_i, w_i) -> (B, channels, h_i, w_i) each."""
         levels = [conv(feature) for conv, feature in zip(self.lateral_convs, features, strict=True)]
         for i in (2, 1, 0):
-            levels[i] = levels[i] + F.interpolate(levels[i + 1], levels[i].shape[-2:], mode="nearest")
+            levels[i] = levels[i] + F.interpolate(
+                levels[i + 1], levels[i].shape[-2:], mode="nearest"
+            )
         return [conv(level) for conv, level in zip(self.fpn_convs, levels, strict=True)]
 
 
@@ -83,7 +85,9 @@ class FPNHead(nn.Module):
 class PVTv2(SegmentationModel):
     """PVTv2 with FPN neck and head."""
 
-    def __init__(self, name: str, num_classes: int = 20, *, drop_path_rate: float = 0.1, dropout: float = 0.1) -> None:
+    def __init__(
+        self, name: str, num_classes: int = 20, *, drop_path_rate: float = 0.1, dropout: float = 0.1
+    ) -> None:
         super().__init__()
         config = CONFIGS[name]
         self.name, self.num_classes, self.channels = name, num_classes, config.channels

@@ -55,7 +55,9 @@ class OverlapPatchEmbed(nn.Module):
         return self.norm(to_tokens(x)), h, w
 
 
-def patch_embeddings(in_channels: tuple[int, ...], channels: tuple[int, ...]) -> list[OverlapPatchEmbed]:
+def patch_embeddings(
+    in_channels: tuple[int, ...], channels: tuple[int, ...]
+) -> list[OverlapPatchEmbed]:
     """One embedding a stage: kernel 7, stride 4 first; kernel 3, stride 2 after that."""
     return [
         OverlapPatchEmbed(c_in, c, *((7, 4) if i == 0 else (3, 2)))
@@ -80,7 +82,9 @@ class Attention(nn.Module):
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
         if self.sr_ratio > 1:
             x = self.norm(to_tokens(self.sr(to_map(x, h, w))))  # (B, M, C)
-        k, v = self.kv(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, M, d) each
+        k, v = (
+            self.kv(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # (B, heads, M, d) each
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
@@ -126,7 +130,9 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, channels: int, heads: int, sr_ratio: int, mlp_ratio: int, drop_path: float) -> None:
+    def __init__(
+        self, channels: int, heads: int, sr_ratio: int, mlp_ratio: int, drop_path: float
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels, eps=1e-6)
         self.attn = Attention(channels, heads, sr_ratio)
@@ -147,7 +153,9 @@ class PyramidTransformer(nn.Module):
         self.config = config
         blocks_before_last = sum(config.depths) - 1
         rates = [drop_path_rate * k / blocks_before_last for k in range(blocks_before_last + 1)]
-        for i, embed in enumerate(patch_embeddings((3, *config.channels[:3]), config.channels), start=1):
+        for i, embed in enumerate(
+            patch_embeddings((3, *config.channels[:3]), config.channels), start=1
+        ):
             setattr(self, f"patch_embed{i}", embed)
         stages = zip(
             config.channels,
@@ -158,7 +166,9 @@ class PyramidTransformer(nn.Module):
             strict=True,
         )
         for i, (channels, depth, heads, sr_ratio, mlp_ratio) in enumerate(stages, start=1):
-            blocks = [Block(channels, heads, sr_ratio, mlp_ratio, rates.pop(0)) for _ in range(depth)]
+            blocks = [
+                Block(channels, heads, sr_ratio, mlp_ratio, rates.pop(0)) for _ in range(depth)
+            ]
             setattr(self, f"block{i}", nn.ModuleList(blocks))
             setattr(self, f"norm{i}", nn.LayerNorm(channels, eps=1e-6))
         self.apply(init_weights)

@@ -44,7 +44,9 @@ class Fuse(nn.Module):
 class AllMLPHead(SegmentationModel):
     """The part of a model that is SegFormer's decode head; its layers lie beside the encoder's, as published."""
 
-    def add_head(self, channels: tuple[int, ...], width: int, num_classes: int, dropout: float) -> None:
+    def add_head(
+        self, channels: tuple[int, ...], width: int, num_classes: int, dropout: float
+    ) -> None:
         """Build the layers for stages of these channels; `width` is D, `dropout` of whole channels."""
         for i in range(4, 0, -1):
             setattr(self, f"linear_c{i}", StageProjection(channels[i - 1], width))
@@ -66,7 +68,9 @@ class AllMLPHead(SegmentationModel):
         size = features[0].shape[-2:]
 
         def stage(i: int, bias: Tensor | None = None) -> Tensor:
-            y = linear(features[i].permute(0, 2, 3, 1), weights[i], bias).permute(0, 3, 1, 2)  # (B, D, h_i, w_i)
+            y = linear(features[i].permute(0, 2, 3, 1), weights[i], bias).permute(
+                0, 3, 1, 2
+            )  # (B, D, h_i, w_i)
             return y if i == 0 else F.interpolate(y, size, mode="bilinear", align_corners=False)
 
         out = stage(3, bias)
@@ -75,7 +79,9 @@ class AllMLPHead(SegmentationModel):
         if self.training:
             out = bn(out)
         out = self.dropout(F.relu(out, inplace=True)).permute(0, 2, 3, 1)
-        return linear(out, self.linear_pred.weight.flatten(1), self.linear_pred.bias).permute(0, 3, 1, 2)
+        return linear(out, self.linear_pred.weight.flatten(1), self.linear_pred.bias).permute(
+            0, 3, 1, 2
+        )
 
     def _fused_weights(self) -> tuple[list[Tensor], Tensor]:
         """Per stage, finest first, the (D, C_i) product of the head's two matrices; and one bias (D,) for all.
@@ -86,7 +92,9 @@ class AllMLPHead(SegmentationModel):
         bn = self.linear_fuse.bn
         device = bn.weight.device.type
         mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if mixed else nullcontext():  # tiny, and worth full precision
+        with (
+            torch.autocast(device, enabled=False) if mixed else nullcontext()
+        ):  # tiny, and worth full precision
             fuse = self.linear_fuse.conv.weight.flatten(1)  # (D, 4·D), stage 4 first
             bias = torch.zeros_like(bn.bias)
             if not self.training and bn.running_mean is not None and bn.running_var is not None:
@@ -104,7 +112,9 @@ class AllMLPHead(SegmentationModel):
 class SegFormer(PyramidTransformer, AllMLPHead):
     """SegFormer; parameters are named as in the published checkpoints."""
 
-    def __init__(self, name: str, num_classes: int = 20, *, drop_path_rate: float = 0.1, dropout: float = 0.1) -> None:
+    def __init__(
+        self, name: str, num_classes: int = 20, *, drop_path_rate: float = 0.1, dropout: float = 0.1
+    ) -> None:
         config, width = CONFIGS[name]
         super().__init__(config, drop_path_rate)
         self.name, self.num_classes, self.channels = name, num_classes, config.channels
@@ -126,7 +136,9 @@ class ConvBatchNorm(nn.Module):
 class ReLUHead(nn.Module):
     """mmsegmentation's variant of the decode head, in its names: BatchNorm and ReLU on every stage; stage 1 first."""
 
-    def __init__(self, channels: tuple[int, ...], width: int, num_classes: int, dropout: float) -> None:
+    def __init__(
+        self, channels: tuple[int, ...], width: int, num_classes: int, dropout: float
+    ) -> None:
         super().__init__()
         self.convs = nn.ModuleList(ConvBatchNorm(c, width) for c in channels)
         self.fusion_conv = ConvBatchNorm(len(channels) * width, width)
@@ -137,7 +149,10 @@ class ReLUHead(nn.Module):
         """F1..F4 -> logits (B, classes, h_1, w_1). As in `AllMLPHead` the fusion's matrix comes before the resize."""
         size = features[0].shape[-2:]
         parts = self.fusion_conv.conv.weight.chunk(len(features), dim=1)
-        first, *coarser = (F.conv2d(conv(x), part) for conv, x, part in zip(self.convs, features, parts, strict=True))
+        first, *coarser = (
+            F.conv2d(conv(x), part)
+            for conv, x, part in zip(self.convs, features, parts, strict=True)
+        )
         for y in coarser:
             first = first + F.interpolate(y, size, mode="bilinear", align_corners=False)
         return self.conv_seg(self.dropout(F.relu(self.fusion_conv.bn(first))))
@@ -147,7 +162,13 @@ class ReLUHeadSegFormer(PyramidTransformer, SegmentationModel):
     """SegFormer as mmsegmentation trains it; for weights that come from there. `width` is the decode head's."""
 
     def __init__(
-        self, name: str, num_classes: int = 20, *, width: int = 256, drop_path_rate: float = 0.1, dropout: float = 0.1
+        self,
+        name: str,
+        num_classes: int = 20,
+        *,
+        width: int = 256,
+        drop_path_rate: float = 0.1,
+        dropout: float = 0.1,
     ) -> None:
         config, _ = CONFIGS[name]
         super().__init__(config, drop_path_rate)

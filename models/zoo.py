@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cli
-from cli import UserError
+from errors import UserError
 from models.checkpoints import load_backbone, load_model
 from models.factory import create_model
 
@@ -68,7 +68,9 @@ class Weights:
             return
         model = load_model(path)
         if (model.name, model.num_classes) != (self.model, 20):
-            raise UserError(f"{path} holds a {model.name} with {model.num_classes} classes, not a {self.model} with 20")
+            raise UserError(
+                f"{path} holds a {model.name} with {model.num_classes} classes, not a {self.model} with 20"
+            )
 
 
 def _zoo() -> dict[str, Weights]:
@@ -95,9 +97,21 @@ def _zoo() -> dict[str, Weights]:
     for file, model, drive_id in (
         ("segformerb2_teacher_cityscapes.pth", "segformer_b2", "1mixZrRm-nSOhIjM4ltI_wegc14iciZZS"),
         ("segformerb0_student_cityscapes.pth", "segformer_b0", "1BCA2LHtWSSUzF0xbWELwLw66SdduYJ3X"),
-        ("segformerb0_TransKDBase_cityscapes.pth", "segformer_b0", "1KkQ2IfEfQnisWle4yob3JDEBYvGsGvhn"),
-        ("segformerb0_TransKD_GL_cityscapes.pth", "segformer_b0", "1MSQkF8wbC-QPy9vFQOazjkEOKPbUK1i0"),
-        ("segformerb0_TransKD_EA_cityscapes.pth", "segformer_b0", "1NejCOa2S5t8_8ooJT1Yauzrz-POCwr5H"),
+        (
+            "segformerb0_TransKDBase_cityscapes.pth",
+            "segformer_b0",
+            "1KkQ2IfEfQnisWle4yob3JDEBYvGsGvhn",
+        ),
+        (
+            "segformerb0_TransKD_GL_cityscapes.pth",
+            "segformer_b0",
+            "1MSQkF8wbC-QPy9vFQOazjkEOKPbUK1i0",
+        ),
+        (
+            "segformerb0_TransKD_EA_cityscapes.pth",
+            "segformer_b0",
+            "1NejCOa2S5t8_8ooJT1Yauzrz-POCwr5H",
+        ),
         ("pvtv2b2_teacher_cityscapes.th", "pvt_v2_b2", "1D5IDzWe1uEzuGqXnDHsF_n5U0cvh1I8t"),
         ("segformerb2_teacher_acdc.pth", "segformer_b2", "1o-z_Jaty4ENJ2ruvVMGUng1yOKamMxU1"),
         ("segformerb0_student_acdc.pth", "segformer_b0", "1JL-yXf4izAwHScLN3Vt330HQjs1V4B-a"),
@@ -135,17 +149,25 @@ def main(options: Options) -> None:
         Console().print(table([find(name) for name in options.names] or ZOO.values()))
         return
     if options.mirror is not None and not re.match(r"https?://[^/[]", options.mirror):  # [: no IPv6
-        raise UserError(f"--mirror {options.mirror} is no URL; give one such as https://HOST/FOLDER")
+        raise UserError(
+            f"--mirror {options.mirror} is no URL; give one such as https://HOST/FOLDER"
+        )
     if not options.names:
         raise UserError("name what to download; `python -m models.zoo list` shows the names")
     for weights in [find(name) for name in options.names]:
         path = ROOT / weights.file if options.to is None else options.to / Path(weights.file).name
-        url = weights.url if options.mirror is None else f"{options.mirror.rstrip('/')}/{Path(weights.file).name}"
+        url = (
+            weights.url
+            if options.mirror is None
+            else f"{options.mirror.rstrip('/')}/{Path(weights.file).name}"
+        )
         if path.exists():
             try:
                 weights.check(path)
             except UserError as error:
-                raise UserError(f"{path} is there already but not right ({error}); remove it and try again") from error
+                raise UserError(
+                    f"{path} is there already but not right ({error}); remove it and try again"
+                ) from error
             print(f"{path} is there already")
             continue
         download(weights, url, path)
@@ -167,8 +189,13 @@ def find(name: str) -> Weights:
     """By its name or file name. UserError with the closest names if there is none."""
     key = Path(name).stem if name not in ZOO else name
     if key not in ZOO:
-        close = difflib.get_close_matches(key, ZOO, cutoff=0.5) or ["mit_b2", "segformerb2_teacher_cityscapes"]
-        raise UserError(f"no weights are called {name!r}; perhaps {', '.join(close)} (`list` shows all)")
+        close = difflib.get_close_matches(key, ZOO, cutoff=0.5) or [
+            "mit_b2",
+            "segformerb2_teacher_cityscapes",
+        ]
+        raise UserError(
+            f"no weights are called {name!r}; perhaps {', '.join(close)} (`list` shows all)"
+        )
     return ZOO[key]
 
 
@@ -182,12 +209,19 @@ def download(weights: Weights, url: str, path: Path) -> None:
         import gdown
         import requests
     except ImportError as error:
-        raise UserError(f"downloading needs gdown; pip install gdown==6.5.1, or save {weights.page} by hand") from error
+        raise UserError(
+            f"downloading needs gdown; pip install gdown==6.5.1, or save {weights.page} by hand"
+        ) from error
     aside = path.with_name(f".{path.name}.download")
 
     def fetch() -> None:
         gdown.download(
-            url, str(aside), resume=True, retries=RETRIES, timeout=TIMEOUT, log_messages={"start": "", "output": ""}
+            url,
+            str(aside),
+            resume=True,
+            retries=RETRIES,
+            timeout=TIMEOUT,
+            log_messages={"start": "", "output": ""},
         )
 
     by_hand = f"try again, or open {weights.page} in a browser and save the file as {path}"
@@ -208,12 +242,16 @@ def download(weights: Weights, url: str, path: Path) -> None:
             reason = f"{urlsplit(url).netloc} can't be reached"
         raise UserError(f"can't fetch {weights.name} from {url} ({reason}); {by_hand}") from error
     except OSError as error:
-        raise UserError(f"can't write {path} ({error.strerror or error}); choose another folder by --to") from error
+        raise UserError(
+            f"can't write {path} ({error.strerror or error}); choose another folder by --to"
+        ) from error
     try:
         weights.check(aside)
     except UserError as error:
         aside.unlink()
-        raise UserError(f"what came from {url} is not {weights.name} ({error}); {by_hand}") from error
+        raise UserError(
+            f"what came from {url} is not {weights.name} ({error}); {by_hand}"
+        ) from error
     aside.chmod(0o644)  # gdown's are for their owner alone
     aside.replace(path)
 

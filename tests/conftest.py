@@ -13,7 +13,9 @@ import torch
 from datasets.synthetic import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
-torch.set_num_threads(1)  # two tests run at a time; threads that wait for each other are slower than none
+torch.set_num_threads(
+    1
+)  # two tests run at a time; threads that wait for each other are slower than none
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -50,7 +52,9 @@ def weathers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command() -> Command:
     """Run `python ARGUMENTS…` in the repository (or `cwd`) and return what it printed and its exit code."""
 
-    def run(*arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, cwd: Path = ROOT, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=cwd,

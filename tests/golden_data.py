@@ -29,7 +29,9 @@ PLAIN = {  # the published name of a model and ours
     **{f"mit_b{i}": f"segformer_b{i}" for i in range(6)},
     **{name: name for name in ("pvt_v2_b0", "pvt_v2_b2", "lvt")},
 }
-Modules = Callable[[tuple[int, ...], tuple[int, ...]], nn.Module]  # from the student's and the teacher's channels
+Modules = Callable[
+    [tuple[int, ...], tuple[int, ...]], nn.Module
+]  # from the student's and the teacher's channels
 
 
 class Method(NamedTuple):
@@ -48,7 +50,10 @@ METHODS = {
     "transkd_gl_add_b0": Method(partial(GLMixer, add=True)),
     "transkd_ea_b0": Method(EmbeddingAssistant),
     "skf_embed0_b0": Method(None),
-    **{f"skf_embed{k}_b0": Method(partial(PatchEmbeddingAlignment, stages=(k,)), (1.0,)) for k in range(1, 5)},
+    **{
+        f"skf_embed{k}_b0": Method(partial(PatchEmbeddingAlignment, stages=(k,)), (1.0,))
+        for k in range(1, 5)
+    },
     "transkd_base_pvt_v2_b0": Method(student="pvt_v2_b0", teacher="pvt_v2_b2"),
     "transkd_base_lvt": Method(student="lvt"),
     "reviewkd_b0": Method(None, fusion=ReviewFusion),
@@ -97,7 +102,10 @@ def seed(module: nn.Module) -> nn.Module:
     """Give a module the weights that follow from its parameters' published names."""
     state = module.state_dict()
     module.load_state_dict(
-        {k: torch.from_numpy(seeded_value(published_key(k), tuple(v.shape))) for k, v in state.items()}
+        {
+            k: torch.from_numpy(seeded_value(published_key(k), tuple(v.shape)))
+            for k, v in state.items()
+        }
     )
     return module
 

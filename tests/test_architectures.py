@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from cli import UserError
 from datasets.classes import CITYSCAPES
+from errors import UserError
 from models import MODELS, SegmentationModel, create_model, load_backbone, load_model, save_model
 from models.checkpoints import recognise
 from models.distillation import CrossSelectiveFusion, Distiller, EmbeddingAssistant
@@ -21,7 +21,12 @@ def test_every_model_is_recognised_by_its_keys(name: str) -> None:
     with torch.device("meta"):
         state = create_model(name).state_dict()
     assert recognise(state) == name
-    assert recognise({key: value for key, value in state.items() if not key.startswith(("norm1.", "neck."))}) == name
+    assert (
+        recognise(
+            {key: value for key, value in state.items() if not key.startswith(("norm1.", "neck."))}
+        )
+        == name
+    )
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -31,7 +36,9 @@ def test_any_image_size(name: str, size: tuple[int, int]) -> None:
     with torch.inference_mode():
         out = model(torch.rand(1, 3, *size))
     assert out.logits.shape == (1, 20, -(-size[0] // 4), -(-size[1] // 4))
-    for feature, embedding, channels in zip(out.features, out.embeddings, model.channels, strict=True):
+    for feature, embedding, channels in zip(
+        out.features, out.embeddings, model.channels, strict=True
+    ):
         assert feature.shape[1] == channels
         assert embedding.shape == (1, feature[0, 0].numel(), channels)
 
@@ -42,7 +49,10 @@ def test_saved_and_published_files_load(name: str, tmp_path: Path) -> None:
     save_model(model, tmp_path / "w.safetensors")
     beside = {"skfs.0.conv1.0.weight": torch.zeros(64, 256, 1, 1)}
     student = {f"module.student.{key}": value for key, value in model.state_dict().items()}
-    torch.save({"state_dict": student | {f"module.{key}": value for key, value in beside.items()}}, tmp_path / "w.pth")
+    torch.save(
+        {"state_dict": student | {f"module.{key}": value for key, value in beside.items()}},
+        tmp_path / "w.pth",
+    )
     images = torch.rand(1, 3, 64, 64)
     for file in ("w.safetensors", "w.pth"):
         loaded = load_model(tmp_path / file)
@@ -53,8 +63,15 @@ def test_saved_and_published_files_load(name: str, tmp_path: Path) -> None:
 
 def imagenet_encoder(model: SegmentationModel) -> dict[str, torch.Tensor]:
     """A PVTv2's file as its authors publish it: the bare encoder and ImageNet's classifier."""
-    state = {k.removeprefix("backbone."): v for k, v in model.state_dict().items() if k.startswith("backbone.")}
-    return state | {"head.weight": torch.zeros(1000, model.channels[-1]), "head.bias": torch.zeros(1000)}
+    state = {
+        k.removeprefix("backbone."): v
+        for k, v in model.state_dict().items()
+        if k.startswith("backbone.")
+    }
+    return state | {
+        "head.weight": torch.zeros(1000, model.channels[-1]),
+        "head.bias": torch.zeros(1000),
+    }
 
 
 def test_imagenet_encoder_starts_a_pvtv2(tmp_path: Path) -> None:
@@ -74,7 +91,8 @@ def test_imagenet_encoder_starts_a_pvtv2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher"), [("segformer_b0", "pvt_v2_b1"), ("pvt_v2_b0", "segformer_b1"), ("lvt", "pvt_v2_b1")]
+    ("student", "teacher"),
+    [("segformer_b0", "pvt_v2_b1"), ("pvt_v2_b0", "segformer_b1"), ("lvt", "pvt_v2_b1")],
 )
 def test_any_pair_is_distilled(student: str, teacher: str) -> None:
     """On an odd size, with the method that needs most of the student; every parameter learns."""
@@ -98,4 +116,6 @@ def test_any_pair_is_distilled(student: str, teacher: str) -> None:
 
 def test_a_too_narrow_teacher_is_refused() -> None:
     with pytest.raises(UserError, match="segformer_b0 is narrower than the student lvt"):
-        Distiller(create_model("lvt"), None, teacher=create_model("segformer_b0"), fusion=nn.Identity())
+        Distiller(
+            create_model("lvt"), None, teacher=create_model("segformer_b0"), fusion=nn.Identity()
+        )

@@ -57,13 +57,19 @@ def test_the_published_way_sends_gradients_into_the_teacher() -> None:
     distiller = build("transkd_base_b0")
     student, teacher = distiller.student, distiller.teacher
     assert teacher
-    distiller.student, their_teacher = (published.HuggingFaceSegFormer(m, "eager") for m in (student, teacher))
+    distiller.student, their_teacher = (
+        published.HuggingFaceSegFormer(m, "eager") for m in (student, teacher)
+    )
     object.__setattr__(distiller, "teacher", their_teacher.eval().requires_grad_(True))
     without_chance(distiller.train())
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.0)
     published.published_step(distiller, optimizer, golden_input("A"), golden_labels())
-    norm = torch.stack([p.grad.norm() for p in their_teacher.parameters() if p.grad is not None]).norm()
-    assert norm.item() == pytest.approx(load("train_golden.json")["transkd_base_b0"]["teacher_grad_l2_total"], rel=5e-3)
+    norm = torch.stack(
+        [p.grad.norm() for p in their_teacher.parameters() if p.grad is not None]
+    ).norm()
+    assert norm.item() == pytest.approx(
+        load("train_golden.json")["transkd_base_b0"]["teacher_grad_l2_total"], rel=5e-3
+    )
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -74,7 +80,9 @@ def test_the_peer_has_the_same_outputs(attention: str) -> None:
     images = torch.rand(2, 3, 64, 128)
     with torch.no_grad():
         actual, expected = ours(images), theirs(images)
-    for a, b in zip((actual[0], *actual[1], *actual[2]), (expected[0], *expected[1], *expected[2]), strict=True):
+    for a, b in zip(
+        (actual[0], *actual[1], *actual[2]), (expected[0], *expected[1], *expected[2]), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
     assert prediction(theirs, images)().equal(expected.logits)
 
@@ -100,7 +108,9 @@ def test_decoding_gives_the_same_bytes(tmp_path: Path) -> None:
     scenes = drawn_scenes(tmp_path, QUICK, count=1)
     sample = scenes.samples[0]
     assert scenes.cache and sample.label
-    image, label = published.read_sample(sample.image, sample.label, QUICK.height, CITYSCAPES.ignore)
+    image, label = published.read_sample(
+        sample.image, sample.label, QUICK.height, CITYSCAPES.ignore
+    )
     assert torch.equal(scenes[0].image, image) and image.shape == (3, 64, 128)
     assert torch.equal(scenes[0].label, label) and label.shape == (16, 32)
 
@@ -122,7 +132,14 @@ def test_a_row_says_whether_its_target_is_reached() -> None:
     row = replace(row, what="memory", ours=(1e6,), theirs=(2e9,), target=0.0001)
     assert (row.ratio, row.reached) == (0.0005, False)
     assert cells(row)[1:5] == ("0.0005× the memory", "≤ 0.0001× ✗", "1 MB", "2.00 GB")
-    assert cells(Row("x", "y", note="not installed"))[1:] == ("–", "", "–", "–", "y", "not installed")
+    assert cells(Row("x", "y", note="not installed"))[1:] == (
+        "–",
+        "",
+        "–",
+        "–",
+        "y",
+        "not installed",
+    )
 
 
 def test_both_sides_take_turns() -> None:
@@ -133,14 +150,27 @@ def test_both_sides_take_turns() -> None:
 
 
 ON_THE_CPU = Setup(
-    "cpu", bf16=False, compile_modes=(), batches=(2,), warmup=0, repeats=1, workers=0, images=3, loaded_steps=1
+    "cpu",
+    bf16=False,
+    compile_modes=(),
+    batches=(2,),
+    warmup=0,
+    repeats=1,
+    workers=0,
+    images=3,
+    loaded_steps=1,
 )
 
 
 def test_the_gpu_case_on_the_cpu() -> None:
     fp32, _, tf32, _, loaded, *peers = gpu(QUICK, ON_THE_CPU)
     assert fp32.ratio and tf32.ratio and cells(fp32)[-1].endswith("images/s")
-    assert (fp32.other, fp32.target, tf32.other, tf32.target) == ("published way, fp32", 6, "published way, TF32", None)
+    assert (fp32.other, fp32.target, tf32.other, tf32.target) == (
+        "published way, fp32",
+        6,
+        "published way, TF32",
+        None,
+    )
     assert "1000 epochs of Cityscapes" in loaded.note and loaded.ours[0] > 0
     assert [row.items for row in peers] == [1, 16] and all(row.ratio for row in peers)
 
@@ -197,7 +227,9 @@ def test_a_case_that_fails_takes_no_other_with_it(
     with pytest.raises(RuntimeError):
         main(Options(quick=True, json=tmp_path / "bench.json"))
     assert "measured" in capsys.readouterr().out
-    assert [row["ratio"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == [7]
+    assert [row["ratio"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == [
+        7
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -12,7 +12,16 @@ from tests.conftest import Command
 
 
 def test_a_sound_tree(command: Command, weathers: Path, tmp_path: Path) -> None:
-    done = command("-m", "datasets.check", "--dataset", "ACDC", "--datadir", weathers, "--json", tmp_path / "c.json")
+    done = command(
+        "-m",
+        "datasets.check",
+        "--dataset",
+        "ACDC",
+        "--datadir",
+        weathers,
+        "--json",
+        tmp_path / "c.json",
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "c.json").read_text())
     assert {name: part["images"] for name, part in found.items()} == {

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cli import UserError
 from datasets.classes import CITYSCAPES
+from errors import UserError
 from models import create_model, load_backbone, load_model, load_weights, save_model
 from models.info import build
 from models.segformer import SegFormer
@@ -48,7 +48,11 @@ def logits(network: SegFormer) -> Tensor:
 
 def modules(method: str) -> State:
     """What a distiller owns beside its student, under our names."""
-    return {key: value for key, value in build(method).state_dict().items() if not key.startswith("student.")}
+    return {
+        key: value
+        for key, value in build(method).state_dict().items()
+        if not key.startswith("student.")
+    }
 
 
 def released(method: str, student: State) -> State:
@@ -61,7 +65,12 @@ def with_module(state: State) -> State:
     return {f"module.{key}": value for key, value in state.items()}
 
 
-CHECKPOINT = {"epoch": 3, "arch": "SegFormer", "best_acc": torch.tensor(0.5), "optimizer": {"state": {}}}
+CHECKPOINT = {
+    "epoch": 3,
+    "arch": "SegFormer",
+    "best_acc": torch.tensor(0.5),
+    "optimizer": {"state": {}},
+}
 SCORES = {"best_acc": np.float64(0.5), "iou": np.float32(0.5), "step": np.int64(7)}
 LAYOUTS: dict[str, Callable[[State], dict[str, Any]]] = {
     "plain": lambda s: s,
@@ -77,9 +86,17 @@ LAYOUTS: dict[str, Callable[[State], dict[str, Any]]] = {
     "numbers_of_numpy": lambda s: CHECKPOINT | SCORES | {"model": "segformer_b0", "state_dict": s},
     "averaged": lambda s: {"model": {f"student.{k}": 2 * v for k, v in s.items()}, "averaged": s},
     "compiled": lambda s: with_module({f"_orig_mod.{k}": v for k, v in s.items()}),
-    "state_dict_module_gl": lambda s: CHECKPOINT | {"state_dict": with_module(released("TransKD_GL", s))},
+    "state_dict_module_gl": lambda s: (
+        CHECKPOINT | {"state_dict": with_module(released("TransKD_GL", s))}
+    ),
 }
-NESTED = ("state_dict", "model", "numbers_of_numpy", "averaged", "state_dict_module_gl")  # safetensors have no nesting
+NESTED = (
+    "state_dict",
+    "model",
+    "numbers_of_numpy",
+    "averaged",
+    "state_dict_module_gl",
+)  # safetensors have no nesting
 FILES = [
     (layout, end)
     for layout in LAYOUTS
@@ -134,7 +151,10 @@ def changed(state: State, changes: dict[str, Tensor | None]) -> State:
     [
         ({"norm2.bias": None}, "1 missing: norm2.bias"),
         ({"norm5.bias": torch.zeros(3)}, "1 unknown: norm5.bias"),
-        ({"norm2.bias": None, "head.bias": torch.zeros(3)}, "1 missing: norm2.bias; 1 unknown: head.bias"),
+        (
+            {"norm2.bias": None, "head.bias": torch.zeros(3)},
+            "1 missing: norm2.bias; 1 unknown: head.bias",
+        ),
         ({"norm4.bias": torch.zeros(7)}, "1 of another shape: norm4.bias (7,) instead of (256,)"),
     ],
 )
@@ -166,7 +186,10 @@ def test_other_classes_and_other_sizes_say_what_they_are(tmp_path: Path) -> None
     assert load_model(nineteen).num_classes == 19
     message = refusal(load_weights, create_model("segformer_b0"), nineteen)
     assert "does not fit segformer_b0 with 20 classes" in message
-    assert "2 of another shape: linear_pred.weight (19, 256, 1, 1) instead of (20, 256, 1, 1)" in message
+    assert (
+        "2 of another shape: linear_pred.weight (19, 256, 1, 1) instead of (20, 256, 1, 1)"
+        in message
+    )
     b2 = write(create_model("segformer_b2").state_dict(), tmp_path / "b2.pth")
     for load in (load_weights, load_backbone):
         message = refusal(load, create_model("segformer_b0"), b2)
@@ -179,8 +202,20 @@ OWN = ("Traffic_Light", "pond", "road", "ignore")
 @pytest.mark.parametrize(
     ("names", "outputs", "own", "taken", "says"),
     [
-        (CITYSCAPES.output_names, 20, OWN, {0: 6, 2: 0, 3: 19}, "lacks the classes pond; they start anew"),
-        (CITYSCAPES.names, 19, OWN, {0: 6, 2: 0}, "lacks the classes pond, ignore; they start anew"),
+        (
+            CITYSCAPES.output_names,
+            20,
+            OWN,
+            {0: 6, 2: 0, 3: 19},
+            "lacks the classes pond; they start anew",
+        ),
+        (
+            CITYSCAPES.names,
+            19,
+            OWN,
+            {0: 6, 2: 0},
+            "lacks the classes pond, ignore; they start anew",
+        ),
         (CITYSCAPES.names, 19, CITYSCAPES.output_names, {i: i for i in range(19)}, ""),
         (None, 19, CITYSCAPES.output_names, {i: i for i in range(19)}, ""),
         (None, 19, OWN, {}, "lacks the classes Traffic_Light, pond, road, ignore; they start anew"),
@@ -208,7 +243,9 @@ def test_a_network_goes_on_with_other_classes(
     for key, value in model.state_dict().items():
         if key.startswith(("linear_pred", "head.conv_seg")):
             for row, found in enumerate(value):
-                assert torch.equal(found, theirs[key][taken[row]] if row in taken else ours[key][row])
+                assert torch.equal(
+                    found, theirs[key][taken[row]] if row in taken else ours[key][row]
+                )
         else:
             assert torch.equal(value, theirs[key])
 
@@ -220,10 +257,16 @@ def test_a_network_goes_on_with_other_classes(
         ({"linear_pred.weight": torch.zeros(0, 256, 1, 1)}, "no class in linear_pred.weight"),
         ({"patch_embed1.proj.weight": torch.zeros(0, 3, 7, 7)}, "no model that is known"),
         ({"norm1.weight": torch.full((32,), torch.nan)}, "NaN or infinity (norm1.weight)"),
-        ({"norm1.weight": torch.full((32,), 1e300, dtype=torch.float64)}, "NaN or infinity (norm1.weight)"),
+        (
+            {"norm1.weight": torch.full((32,), 1e300, dtype=torch.float64)},
+            "NaN or infinity (norm1.weight)",
+        ),
         ({"norm1.weight": torch.zeros(32, device="meta")}, "not a state dict: norm1.weight"),
         ({"norm1.weight": torch.zeros(32).to_sparse()}, "not a state dict: norm1.weight"),
-        ({"norm1.weight": torch.zeros(32, dtype=torch.complex64)}, "not a state dict: norm1.weight"),
+        (
+            {"norm1.weight": torch.zeros(32, dtype=torch.complex64)},
+            "not a state dict: norm1.weight",
+        ),
     ],
     ids=["a number", "no rows", "no channels", "NaN", "infinity", "meta", "sparse", "complex"],
 )
@@ -275,13 +318,17 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
         load_model, tmp_path / "page.pth"
     )
     (tmp_path / "student.onnx").write_bytes(b"\x08")
-    assert "student.onnx is for eval/predict.py alone" in refusal(load_model, tmp_path / "student.onnx")
+    assert "student.onnx is for eval/predict.py alone" in refusal(
+        load_model, tmp_path / "student.onnx"
+    )
 
 
 def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
     assert "no weights at" in refusal(load_model, tmp_path / "nothing.pth")
     save_file({}, tmp_path / "empty.safetensors")
-    assert "name a file there (empty.safetensors)" in refusal(load_model, tmp_path)  # a run's folder
+    assert "name a file there (empty.safetensors)" in refusal(
+        load_model, tmp_path
+    )  # a run's folder
     assert "no model that is known" in refusal(load_model, tmp_path / "empty.safetensors")
 
 
@@ -296,12 +343,15 @@ class Malice:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_pickle_is_refused_and_not_run(zipped: bool, plain: State, tmp_path: Path) -> None:
+def test_code_in_a_pickle_is_refused_and_not_run(
+    zipped: bool, plain: State, tmp_path: Path
+) -> None:
     path, victim = tmp_path / "weights.pth", tmp_path / "victim"
     torch.save(plain | {"extra": Malice(victim)}, path, _use_new_zipfile_serialization=zipped)
     for load in (load_model, lambda p: load_weights(create_model("segformer_b0"), p)):
         assert re.search(
-            r"not hold tensors alone \(reading it would call \w+\.mkdir\); if you trust it", refusal(load, path)
+            r"not hold tensors alone \(reading it would call \w+\.mkdir\); if you trust it",
+            refusal(load, path),
         )
         assert not victim.exists()
     torch.load(path, weights_only=False)
@@ -309,7 +359,9 @@ def test_code_in_a_pickle_is_refused_and_not_run(zipped: bool, plain: State, tmp
 
 
 @pytest.mark.parametrize(
-    "head", [{"head.weight": torch.zeros(1000, 256), "head.bias": torch.zeros(1000)}, {}], ids=["head", "none"]
+    "head",
+    [{"head.weight": torch.zeros(1000, 256), "head.bias": torch.zeros(1000)}, {}],
+    ids=["head", "none"],
 )
 @pytest.mark.parametrize(
     "wrapper", [lambda s: s, with_module, lambda s: {"model": s}], ids=["plain", "module", "model"]
@@ -346,11 +398,15 @@ def test_saved_models_say_what_they_are(tmp_path: Path) -> None:
     assert json.loads(metadata["facts"]) == {"epoch": 4, "mean_iou": 0.5}
     loaded = load_model(path)
     assert loaded.num_classes == 7
-    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items()
+    )
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_checkpoint_tells_what_its_network_expects(plain: State, logits: Tensor, tmp_path: Path) -> None:
+def test_a_checkpoint_tells_what_its_network_expects(
+    plain: State, logits: Tensor, tmp_path: Path
+) -> None:
     """Training's own checkpoints keep the normalisation as the weights' metadata do."""
     content = {
         "model": {f"student.{key}": value for key, value in plain.items()},
@@ -358,7 +414,9 @@ def test_a_checkpoint_tells_what_its_network_expects(plain: State, logits: Tenso
         "state": {"step": 3},
     }
     normalisation = [[0.5, 0.25, 0.0], [0.5, 1.0, 2.0]]
-    torch.save(content | {"metadata": {"normalisation": json.dumps(normalisation)}}, tmp_path / "best.pt")
+    torch.save(
+        content | {"metadata": {"normalisation": json.dumps(normalisation)}}, tmp_path / "best.pt"
+    )
     model = load_model(tmp_path / "best.pt")
     assert [list(values) for values in model.normalisation] == normalisation
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalisation)
@@ -366,7 +424,14 @@ def test_a_checkpoint_tells_what_its_network_expects(plain: State, logits: Tenso
         torch.testing.assert_close(model(IMAGES * std + mean).logits, logits)
     torch.save(content | {"metadata": {}}, tmp_path / "best.pt")
     assert load_model(tmp_path / "best.pt").normalisation is None
-    for damaged in ("[[1, 2, 3]]", "{", "[[0, 0], [1, 1]]", "3", '[["a", 0, 0], [1, 1, 1]]', "[[0, 0, 0], [0, 1, 1]]"):
+    for damaged in (
+        "[[1, 2, 3]]",
+        "{",
+        "[[0, 0], [1, 1]]",
+        "3",
+        '[["a", 0, 0], [1, 1, 1]]',
+        "[[0, 0, 0], [0, 1, 1]]",
+    ):
         torch.save(content | {"metadata": {"normalisation": damaged}}, tmp_path / "best.pt")
         assert "tells a normalisation that is none" in refusal(load_model, tmp_path / "best.pt")
 
@@ -374,7 +439,9 @@ def test_a_checkpoint_tells_what_its_network_expects(plain: State, logits: Tenso
 FILE_SIZE = 2**20  # the kernel lets no file grow beyond: writing a network ends in the middle
 
 
-def test_a_failure_while_saving_leaves_the_old_file(network: SegFormer, logits: Tensor, tmp_path: Path) -> None:
+def test_a_failure_while_saving_leaves_the_old_file(
+    network: SegFormer, logits: Tensor, tmp_path: Path
+) -> None:
     path = tmp_path / "student.safetensors"
     save_model(network, path)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -402,10 +469,14 @@ save_model(model, Path(sys.argv[1]))
 """
 
 
-def test_a_kill_while_saving_leaves_the_old_file(network: SegFormer, logits: Tensor, tmp_path: Path) -> None:
+def test_a_kill_while_saving_leaves_the_old_file(
+    network: SegFormer, logits: Tensor, tmp_path: Path
+) -> None:
     path = tmp_path / "student.safetensors"
     save_model(network, path)
-    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, path, str(FILE_SIZE)], cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_SAVING, path, str(FILE_SIZE)], cwd=ROOT, timeout=120
+    )
     assert done.returncode == -signal.SIGXFSZ
     with torch.no_grad():
         assert torch.equal(load_model(path)(IMAGES).logits, logits)

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import cli
-from cli import UserError, writing
 from datasets.samples import files_below
+from errors import UserError
 from eval.options import claim_file
+from files import atomic_write
 
 
 @dataclass
@@ -37,8 +38,14 @@ def fail(error: Exception) -> Callable[[Options], NoReturn]:
     ("error", "says"),
     [
         (UserError("no\nsuch thing"), "no such thing"),
-        (FileNotFoundError(2, "No such file", "gone.png"), "can't use gone.png (No such file); check the path"),
-        (OverflowError("int too large"), "a number is too large (int too large); give a smaller one"),
+        (
+            FileNotFoundError(2, "No such file", "gone.png"),
+            "can't use gone.png (No such file); check the path",
+        ),
+        (
+            OverflowError("int too large"),
+            "a number is too large (int too large); give a smaller one",
+        ),
         (MemoryError(), "out of memory"),
     ],
     ids=lambda value: type(value).__name__,
@@ -58,7 +65,11 @@ class Required:
     """Something."""
 
     name: Literal[
-        "one", "seventy_seven_million", "eight_hundred_thousand", "ninety_nine_billion", "ten_thousand_and_one"
+        "one",
+        "seventy_seven_million",
+        "eight_hundred_thousand",
+        "ninety_nine_billion",
+        "ten_thousand_and_one",
     ]
     """What; not to be confused with --kind."""
     to: Path
@@ -68,7 +79,8 @@ class Required:
 
 
 @pytest.mark.parametrize(
-    ("given", "lacking"), [((), "--name, --to"), (("--to", "x"), "--name"), (("--name", "one", "--kind", 2), "--to")]
+    ("given", "lacking"),
+    [((), "--name, --to"), (("--to", "x"), "--name"), (("--name", "one", "--kind", 2), "--to")],
 )
 def test_what_must_be_given_is_named_alone(given: tuple[object, ...], lacking: str) -> None:
     with pytest.raises(UserError, match=rf"^{lacking} must be given \(--help shows all flags\)$"):
@@ -76,7 +88,9 @@ def test_what_must_be_given_is_named_alone(given: tuple[object, ...], lacking: s
 
 
 @pytest.mark.parametrize("error", [OSError("no path"), KeyError("ours"), RuntimeError("ours")])
-def test_our_own_mistakes_keep_their_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_mistakes_keep_their_traceback(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(type(error)):
         cli.run(fail(error), Options)
@@ -85,8 +99,14 @@ def test_our_own_mistakes_keep_their_traceback(error: Exception, monkeypatch: py
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--kind", "three"], r"^invalid choice 'three' for argument '--kind'.*'two'\) ?\. \(--help"),
-        (["--height", "x"], r"^value error: Error parsing --height.*'x'; Argument helptext: --height INT How high"),
+        (
+            ["--kind", "three"],
+            r"^invalid choice 'three' for argument '--kind'.*'two'\) ?\. \(--help",
+        ),
+        (
+            ["--height", "x"],
+            r"^value error: Error parsing --height.*'x'; Argument helptext: --height INT How high",
+        ),
         (["--hieght", "3"], r"^unrecognized options: --hieght, 3; Perhaps you meant: --height INT"),
         (["--height"], r"^missing argument: Missing value"),
     ],
@@ -97,7 +117,9 @@ def test_a_wrong_flag_is_said_once(arguments: list[str], says: str) -> None:
     assert "\n" not in str(error.value) and "─" not in str(error.value)
 
 
-def test_names_that_no_terminal_can_show(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture) -> None:
+def test_names_that_no_terminal_can_show(
+    monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture
+) -> None:
     """A file's name is bytes; those of an old archive may be no UTF-8."""
     monkeypatch.setattr(sys, "argv", ["command"])
     with os.fdopen(os.dup(1), "w", encoding="ascii") as terminal:
@@ -124,14 +146,17 @@ def test_writing_goes_through_a_link_and_replaces_no_device(tmp_path: Path) -> N
     (tmp_path / "far").mkdir()
     link, target = tmp_path / "link.json", tmp_path / "far" / "target.json"
     link.symlink_to(target)
-    with writing(link) as aside:
+    with atomic_write(link) as aside:
         aside.write_text("new")
     assert link.is_symlink() and target.read_text() == "new"
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path / "pipe", tmp_path, Path("/")):
-        with pytest.raises(UserError, match="a folder or a device; name a file"), writing(place):
+        with (
+            pytest.raises(UserError, match="a folder or a device; name a file"),
+            atomic_write(place),
+        ):
             pytest.fail("nothing can be written there")
-    with pytest.raises(UserError, match="too long"), writing(tmp_path / ("a" * 300)) as aside:
+    with pytest.raises(UserError, match="too long"), atomic_write(tmp_path / ("a" * 300)) as aside:
         aside.write_text("new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["far", "link.json", "pipe"]
 
@@ -142,7 +167,9 @@ def test_a_result_takes_the_place_of_a_result_alone(tmp_path: Path) -> None:
     weights.write_text("x")
     before.write_text("x")
     empty.touch()
-    with pytest.raises(UserError, match=r"last\.pt is there already and does not end in \.json; name another"):
+    with pytest.raises(
+        UserError, match=r"last\.pt is there already and does not end in \.json; name another"
+    ):
         claim_file(weights)
     with pytest.raises(UserError, match=r"eval\.json is there already and does not end in \.html"):
         claim_file(before, ".html")
@@ -150,10 +177,14 @@ def test_a_result_takes_the_place_of_a_result_alone(tmp_path: Path) -> None:
         claim_file(path)
 
 
-def test_a_folder_that_must_not_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_must_not_be_read_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "city").mkdir()
     (tmp_path / "a.png").touch()
-    assert [path.name for path in files_below(tmp_path)] == ["a.png"] and not list(files_below(tmp_path / "none"))
+    assert [path.name for path in files_below(tmp_path)] == ["a.png"] and not list(
+        files_below(tmp_path / "none")
+    )
     scandir = os.scandir
 
     def refused(folder: Path) -> object:  # the tests may be root's, who may read all

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import UserError
+from errors import UserError
 from tests.conftest import Command, free_port
 from tests.test_training import SMALL
 from train import dashboard
@@ -30,7 +30,9 @@ def server(tmp_path: Path) -> Iterator[int]:
         "from visdom.server.run_server import start_server\n"
         f"start_server(port={port}, hostname='127.0.0.1', base_url='', env_path={str(tmp_path)!r}, bind_local=True)"
     )
-    process = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     for _ in range(100):
         time.sleep(0.1)
         with socket.socket() as probe:
@@ -41,7 +43,9 @@ def server(tmp_path: Path) -> Iterator[int]:
     process.wait()
 
 
-def test_windows_on_a_real_server(server: int, command: Command, scenes: Path, tmp_path: Path) -> None:
+def test_windows_on_a_real_server(
+    server: int, command: Command, scenes: Path, tmp_path: Path
+) -> None:
     flags = ("--datadir", scenes, "--output-dir", tmp_path / "run", "--max-steps", 3, *SMALL)
     done = command("train/student.py", *flags, "--visualize", "--port", server)
     assert done.returncode == 0, done.stderr
@@ -58,7 +62,9 @@ def test_windows_on_a_real_server(server: int, command: Command, scenes: Path, t
     assert all(window(name)["type"] == "image" for name in ("input", "prediction", "target"))
 
 
-def test_training_goes_on_without_dashboards(command: Command, scenes: Path, tmp_path: Path) -> None:
+def test_training_goes_on_without_dashboards(
+    command: Command, scenes: Path, tmp_path: Path
+) -> None:
     """No visdom server, and a file where TensorBoard wants its folder."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").touch()
@@ -66,13 +72,18 @@ def test_training_goes_on_without_dashboards(command: Command, scenes: Path, tmp
     flags.remove("--no-tensorboard")
     done = command("train/student.py", *flags, "--visualize", "--port", free_port())
     assert done.returncode == 0, done.stderr
-    for warning in ("warning: no visdom server answers", "warning: can't write TensorBoard's files"):
+    for warning in (
+        "warning: no visdom server answers",
+        "warning: can't write TensorBoard's files",
+    ):
         assert done.stderr.count(warning) == 1
     assert "warning" not in done.stdout and "Traceback" not in done.stderr
     assert (tmp_path / "run" / "student.safetensors").exists()
 
 
-def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_never_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(dashboard, "SECONDS", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -98,7 +109,9 @@ def test_a_full_disk_ends_tensorboard_alone(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(RecordWriter, "write", fail)
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's thread shows its traceback
+    monkeypatch.setattr(
+        threading, "excepthook", lambda _: None
+    )  # TensorBoard's thread shows its traceback
     for step in range(2, 6):
         writer.add_scalar("lr", 1.0, step)
         writer.flush()
@@ -111,7 +124,10 @@ def test_a_full_disk_ends_tensorboard_alone(
 def test_a_record_that_cannot_be_written_is_told() -> None:
     tracker = Tracker.__new__(Tracker)
     tracker.step = 1
-    with Path("/dev/full").open("ab", buffering=0) as tracker.file, pytest.raises(UserError, match="No space left"):
+    with (
+        Path("/dev/full").open("ab", buffering=0) as tracker.file,
+        pytest.raises(UserError, match="No space left"),
+    ):
         tracker.record("train", 1)
 
 
@@ -119,7 +135,9 @@ def test_tensorboard_files_are_read_back(command: Command, scenes: Path, tmp_pat
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = [f for f in SMALL if f != "--no-tensorboard"]
-    done = command("train/student.py", "--datadir", scenes, "--output-dir", tmp_path, "--max-steps", 3, *flags)
+    done = command(
+        "train/student.py", "--datadir", scenes, "--output-dir", tmp_path, "--max-steps", 3, *flags
+    )
     assert done.returncode == 0, done.stderr
     events = EventAccumulator(os.fspath(tmp_path / "tensorboard"))
     events.Reload()

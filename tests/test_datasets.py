@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from cli import UserError
 from datasets import Augmentation, evaluation_batches, open_split, training_batches
 from datasets.cache import Cache
 from datasets.classes import CITYSCAPES, Classes, colormap
 from datasets.samples import files_below, pair_folders
 from datasets.scenes import SceneDataset
 from datasets.transforms import Draw, quarter, resize_label, resized_size, shift
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 IGNORE = CITYSCAPES.ignore
@@ -38,11 +38,16 @@ def write(path: Path, array: np.ndarray) -> Path:
     return path
 
 
-def write_scene(root: Path, name: str, size=(64, 96), *, subset="train", kind="labelTrainIds", extension="png") -> Path:
+def write_scene(
+    root: Path, name: str, size=(64, 96), *, subset="train", kind="labelTrainIds", extension="png"
+) -> Path:
     """One random image with its label in the Cityscapes layout; returns the label's path."""
     rng = np.random.default_rng(list(name.encode()))
     city = name.split("_")[0]
-    write(root / f"leftImg8bit/{subset}/{city}/{name}_leftImg8bit.{extension}", rng.integers(0, 256, (*size, 3)))
+    write(
+        root / f"leftImg8bit/{subset}/{city}/{name}_leftImg8bit.{extension}",
+        rng.integers(0, 256, (*size, 3)),
+    )
     values = rng.integers(0, 19, size) if kind == "labelTrainIds" else rng.integers(0, 34, size)
     return write(root / f"gtFine/{subset}/{city}/{name}_gtFine_{kind}.png", values)
 
@@ -65,19 +70,27 @@ def test_classes_agree_with_cityscapes_own_table():
     labels = pytest.importorskip("cityscapesscripts.helpers.labels").labels
     train_ids, label_ids = CITYSCAPES.table("train_ids"), CITYSCAPES.table("label_ids")
     for label in labels:
-        assert label_ids[label.id % 256] == (label.trainId if 0 <= label.trainId < 19 else IGNORE), label.name
+        assert label_ids[label.id % 256] == (
+            label.trainId if 0 <= label.trainId < 19 else IGNORE
+        ), label.name
         if 0 <= label.trainId < 19:
             assert CITYSCAPES.names[label.trainId] == label.name
             assert tuple(CITYSCAPES.palette[label.trainId]) == label.color
             assert CITYSCAPES.label_ids[label.trainId] == label.id
             assert train_ids[label.trainId] == label.trainId
-    assert train_ids[255] == IGNORE and CITYSCAPES.label_ids[IGNORE] == 0 and not CITYSCAPES.palette[IGNORE].any()
+    assert (
+        train_ids[255] == IGNORE
+        and CITYSCAPES.label_ids[IGNORE] == 0
+        and not CITYSCAPES.palette[IGNORE].any()
+    )
     assert len(CITYSCAPES.weights) == CITYSCAPES.num_outputs and CITYSCAPES.weights[IGNORE] == 0
 
 
 def test_another_number_of_classes(tmp_path: Path):
     """Three classes numbered from 1, 0 is ignored: NYUv2's way of counting."""
-    classes = Classes("three", ("a", "b", "c"), np.zeros((4, 3), np.uint8), None, (1, 2, 3, 0), (0,))
+    classes = Classes(
+        "three", ("a", "b", "c"), np.zeros((4, 3), np.uint8), None, (1, 2, 3, 0), (0,)
+    )
     write(tmp_path / "images/x.png", np.zeros((32, 32, 3)))
     write(tmp_path / "labels/x_labelIds.png", np.arange(32)[:, None].repeat(32, 1) // 8)
     pairing = pair_folders(tmp_path, "images", "labels", image_suffix="", label_suffix="")
@@ -107,11 +120,17 @@ def test_pairing_is_by_name(tmp_path_factory, images, train_ids, label_ids):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
     pairing = pair_folders(root, "i", "l", image_suffix="_leftImg8bit", label_suffix="_gtFine")
-    found = {sample.image.name.removesuffix("_leftImg8bit.png"): sample for sample in pairing.samples}
-    assert set(found) == images and [s.name for s in pairing.samples] == sorted(s.name for s in pairing.samples)
+    found = {
+        sample.image.name.removesuffix("_leftImg8bit.png"): sample for sample in pairing.samples
+    }
+    assert set(found) == images and [s.name for s in pairing.samples] == sorted(
+        s.name for s in pairing.samples
+    )
     for name, sample in found.items():
         kind = "labelTrainIds" if name in train_ids else "labelIds" if name in label_ids else None
-        assert (sample.label.name if sample.label else None) == (f"{name}_gtFine_{kind}.png" if kind else None)
+        assert (sample.label.name if sample.label else None) == (
+            f"{name}_gtFine_{kind}.png" if kind else None
+        )
         assert sample.encoding == ("label_ids" if kind == "labelIds" else "train_ids")
     assert len(pairing.orphans) == len(train_ids - images) + len(label_ids - images)
 
@@ -122,12 +141,16 @@ def test_cityscapes_split(tree: Path):
         "leftImg8bit/train/town/town_00_leftImg8bit.png",
         "leftImg8bit/train/town/town_01_leftImg8bit.jpg",
     ]
-    assert [s.name for s in open_tree(tree, every=4).samples] == [dataset.samples[i].name for i in (0, 4, 8)]
+    assert [s.name for s in open_tree(tree, every=4).samples] == [
+        dataset.samples[i].name for i in (0, 4, 8)
+    ]
 
 
 def test_list_file(tree: Path, tmp_path: Path):
     listing = tmp_path / "some.txt"
-    listing.write_text("# three\ntown_05_leftImg8bit\n\ntown/town_02_leftImg8bit.png\ntown_00_leftImg8bit.png\n")
+    listing.write_text(
+        "# three\ntown_05_leftImg8bit\n\ntown/town_02_leftImg8bit.png\ntown_00_leftImg8bit.png\n"
+    )
     chosen = open_tree(tree, list_file=listing).samples
     assert [sample.image.name[:7] for sample in chosen] == ["town_00", "town_02", "town_05"]
     listing.write_text("town_05_leftImg8bit\ntown_77\n")
@@ -136,7 +159,9 @@ def test_list_file(tree: Path, tmp_path: Path):
 
 
 def test_acdc_conditions(tmp_path: Path):
-    for condition, subset in itertools.product(("fog", "night", "rain", "snow"), ("val", "val_ref")):
+    for condition, subset in itertools.product(
+        ("fog", "night", "rain", "snow"), ("val", "val_ref")
+    ):
         stem = f"{condition}/{subset}/GOPR1/GOPR1_frame_000001"
         write(tmp_path / f"rgb_anon/{stem}_rgb_anon.png", np.zeros((54, 96, 3)))
         if subset == "val":
@@ -145,7 +170,12 @@ def test_acdc_conditions(tmp_path: Path):
     assert [sample.condition for sample in dataset.samples] == ["fog", "night", "rain", "snow"]
     assert dataset.samples[0].name == "rgb_anon/fog/val/GOPR1/GOPR1_frame_000001_rgb_anon.png"
     assert dataset[3].image.shape == (3, 32, 56) and (dataset[3].label == 0).all()
-    assert len(open_split("ACDC", tmp_path, "val", conditions=["rain", "rain"], height=32, cache=False)) == 1
+    assert (
+        len(
+            open_split("ACDC", tmp_path, "val", conditions=["rain", "rain"], height=32, cache=False)
+        )
+        == 1
+    )
     for wrong, words in (
         ({"subset": "val_ref"}, "no subset 'val_ref'"),
         ({"subset": "train"}, r"no folder .*rgb_anon/fog/train; --datadir must hold rgb_anon/"),
@@ -167,12 +197,16 @@ def test_missing_partners_are_reported_and_can_be_allowed(tree: Path):
 
 
 def test_missing_and_empty_folders(tmp_path: Path):
-    with pytest.raises(UserError, match=r"no folder .*nowhere; --datadir must hold leftImg8bit/train"):
+    with pytest.raises(
+        UserError, match=r"no folder .*nowhere; --datadir must hold leftImg8bit/train"
+    ):
         open_tree(tmp_path / "nowhere")
     (tmp_path / "leftImg8bit/train").mkdir(parents=True)
     with pytest.raises(UserError, match=r"no .png or .jpg images in .*leftImg8bit/train"):
         open_tree(tmp_path)
-    with pytest.raises(UserError, match="no data set is called 'kitti'; choose one of cityscapes, ACDC"):
+    with pytest.raises(
+        UserError, match="no data set is called 'kitti'; choose one of cityscapes, ACDC"
+    ):
         open_split("kitti", tmp_path, "train")
 
 
@@ -211,7 +245,10 @@ def test_image_at_the_right_size_is_untouched(tmp_path: Path):
 @pytest.mark.parametrize(
     ("array", "words"),
     [
-        (np.full((64, 96), 26), "no train ids .*: 26; these look like label ids: .*encoding='label_ids'"),
+        (
+            np.full((64, 96), 26),
+            "no train ids .*: 26; these look like label ids: .*encoding='label_ids'",
+        ),
         (np.full((64, 96), 200), "no train ids .*: 200; is this a colour map"),
         (np.full((64, 96, 3), 0), "looks like a colour map"),
         (np.zeros((32, 48)), "is 64×96 pixels .* is 32×48"),
@@ -230,7 +267,12 @@ def test_broken_images_are_named(tmp_path: Path, monkeypatch):
     dataset = open_tree(tmp_path)
     image = dataset.samples[0].image
     whole = image.read_bytes()
-    for damage in (whole[: len(whole) // 2], b"", b"not an image", whole[:40] + bytes(60) + whole[100:]):
+    for damage in (
+        whole[: len(whole) // 2],
+        b"",
+        b"not an image",
+        whole[:40] + bytes(60) + whole[100:],
+    ):
         image.write_bytes(damage)
         with pytest.raises(UserError, match=f"{image} cannot be read as an image"):
             dataset[0]
@@ -257,7 +299,9 @@ def coded_scene(h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
 @given(
     h=st.integers(1, 12),
     w=st.integers(1, 12),
-    draw=st.tuples(st.booleans(), st.integers(-14, 14), st.integers(-14, 14)).map(lambda draw: Draw(*draw)),
+    draw=st.tuples(st.booleans(), st.integers(-14, 14), st.integers(-14, 14)).map(
+        lambda draw: Draw(*draw)
+    ),
 )
 def test_image_and_label_stay_aligned(h, w, draw):
     image, label = coded_scene(h, w)
@@ -286,7 +330,9 @@ def test_published_shift_is_pads_then_crop(tx, ty):
         return np.asarray(bordered.crop((0, 0, width, height)))
 
     augment = Augmentation(published_shift=True)
-    moved, moved_label = augment(torch.tensor(image), torch.tensor(label), Draw(False, tx, ty), IGNORE)
+    moved, moved_label = augment(
+        torch.tensor(image), torch.tensor(label), Draw(False, tx, ty), IGNORE
+    )
     assert (moved.numpy() == np.stack([published(channel, 0) for channel in image])).all()
     expected = published(label, 255)
     assert (moved_label.numpy() == np.where(expected == 255, IGNORE, expected)).all()
@@ -295,11 +341,17 @@ def test_published_shift_is_pads_then_crop(tx, ty):
 def test_draws_depend_on_seed_epoch_and_index_alone():
     augment = Augmentation(seed=3)
     draws = [augment.draw(epoch, index) for epoch in range(20) for index in range(100)]
-    assert draws == [Augmentation(seed=3).draw(epoch, index) for epoch in range(20) for index in range(100)]
-    assert draws != [Augmentation(seed=4).draw(epoch, index) for epoch in range(20) for index in range(100)]
+    assert draws == [
+        Augmentation(seed=3).draw(epoch, index) for epoch in range(20) for index in range(100)
+    ]
+    assert draws != [
+        Augmentation(seed=4).draw(epoch, index) for epoch in range(20) for index in range(100)
+    ]
     assert draws[:100] != draws[100:200]
     counts = Counter(draws)
-    assert len(counts) == 50 and min(counts.values()) > 15 and max(counts.values()) < 75  # 40 on average
+    assert (
+        len(counts) == 50 and min(counts.values()) > 15 and max(counts.values()) < 75
+    )  # 40 on average
     assert {augment.draw(1, i).flip for i in range(30)} == {False, True}
     assert {Augmentation(flip=False, shift=0).draw(1, i) for i in range(30)} == {Draw(False, 0, 0)}
 
@@ -308,7 +360,10 @@ def test_draws_depend_on_seed_epoch_and_index_alone():
 
 
 def content(batches) -> list:
-    return [(b.indices.tolist(), b.images.numpy().tobytes(), b.labels.numpy().tobytes()) for b in batches]
+    return [
+        (b.indices.tolist(), b.images.numpy().tobytes(), b.labels.numpy().tobytes())
+        for b in batches
+    ]
 
 
 def test_epoch_holds_every_image_and_ignores_the_number_of_workers(tree: Path):
@@ -327,7 +382,9 @@ def test_epoch_holds_every_image_and_ignores_the_number_of_workers(tree: Path):
 
 
 @settings(max_examples=100, deadline=None)
-@given(n=st.integers(1, 40), batch=st.integers(1, 5), world=st.integers(1, 4), start=st.integers(0, 3))
+@given(
+    n=st.integers(1, 40), batch=st.integers(1, 5), world=st.integers(1, 4), start=st.integers(0, 3)
+)
 def test_ranks_share_every_global_batch(n, batch, world, start):
     dataset = SceneDataset([None] * n, CITYSCAPES)  # type: ignore[list-item]
     if n < world:
@@ -335,14 +392,22 @@ def test_ranks_share_every_global_batch(n, batch, world, start):
             training_batches(dataset, batch_size=batch, seed=0, epoch=1, world_size=world)
         return
     options = {"batch_size": batch, "seed": 0, "epoch": 1}
-    ranks = [training_batches(dataset, **options, start=start, rank=r, world_size=world).keys for r in range(world)]
+    ranks = [
+        training_batches(dataset, **options, start=start, rank=r, world_size=world).keys
+        for r in range(world)
+    ]
     assert len({len(keys) for keys in ranks}) == 1
     together = [[key for keys in step for key in keys] for step in zip(*ranks, strict=True)]
     (order,) = training_batches(dataset, **{**options, "batch_size": n}).keys
-    assert [key for step in together for key in step] == order[start * batch * world :] or len(together) == 0
+    assert [key for step in together for key in step] == order[start * batch * world :] or len(
+        together
+    ) == 0
     for step in zip(*ranks, strict=True):
         assert min(map(len, step)) >= 1 and max(map(len, step)) - min(map(len, step)) <= 1
-    shares = [evaluation_batches(dataset, batch_size=batch, rank=r, world_size=world).keys for r in range(world)]
+    shares = [
+        evaluation_batches(dataset, batch_size=batch, rank=r, world_size=world).keys
+        for r in range(world)
+    ]
     assert sorted(key for keys in shares for step in keys for key in step) == list(range(n))
 
 
@@ -359,7 +424,10 @@ def test_mixed_sizes(tmp_path: Path):
         item = dataset[int(index)]
         width = item.image.shape[-1]
         assert torch.equal(image[..., :width], item.image) and not image[..., width:].any()
-        assert torch.equal(label[:, : width // 4], item.label) and (label[:, width // 4 :] == IGNORE).all()
+        assert (
+            torch.equal(label[:, : width // 4], item.label)
+            and (label[:, width // 4 :] == IGNORE).all()
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -386,7 +454,9 @@ class Deadly(SceneDataset):
 
 
 def test_dead_worker_is_replaced(tree: Path, tmp_path: Path, capsys, monkeypatch):
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))  # seconds; else 5
+    monkeypatch.setattr(
+        _MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,)
+    )  # seconds; else 5
     dataset = Deadly(open_tree(tree).samples, CITYSCAPES, height=32)
     dataset.fuse = tmp_path / "fuse"
     expected = content(evaluation_batches(dataset))
@@ -430,18 +500,26 @@ sizes = st.tuples(st.integers(1, 90), st.integers(1, 90))
 
 
 @settings(max_examples=20, deadline=None)
-@given(sizes=st.lists(sizes, min_size=1, max_size=4), height=st.integers(32, 48), kind=st.sampled_from(["Train", ""]))
+@given(
+    sizes=st.lists(sizes, min_size=1, max_size=4),
+    height=st.integers(32, 48),
+    kind=st.sampled_from(["Train", ""]),
+)
 def test_cache_equals_direct_reading(tmp_path_factory, sizes, height, kind):
     root = tmp_path_factory.mktemp("cache")
     for i, size in enumerate(sizes):
-        write_scene(root, f"town_{i}", size, kind=f"label{kind}Ids", extension="jpg" if i % 2 else "png")
+        write_scene(
+            root, f"town_{i}", size, kind=f"label{kind}Ids", extension="jpg" if i % 2 else "png"
+        )
     augment = Augmentation(seed=height)
     direct = open_tree(root, height=height, augment=augment)
     stored = cached(root, root / "cache", height=height, augment=augment)
     assert stored.cache and len(stored.cache) == len(sizes)
     for i in range(len(sizes)):
         for key in (i, (1, i), (2, i)):
-            assert all(torch.equal(a, b) for a, b in zip(direct[key][:2], stored[key][:2], strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(direct[key][:2], stored[key][:2], strict=True)
+            )
         assert direct[i].image.shape == (3, *direct.size(i))
 
 
@@ -513,7 +591,9 @@ def test_full_disk_falls_back_to_the_files(tree: Path, tmp_path: Path, capsys):
     assert names(tmp_path / "cache") == []
 
 
-def test_too_little_space_and_a_folder_that_cannot_be_made(tree: Path, tmp_path: Path, capsys, monkeypatch):
+def test_too_little_space_and_a_folder_that_cannot_be_made(
+    tree: Path, tmp_path: Path, capsys, monkeypatch
+):
     (tmp_path / "file").touch()
     assert cached(tree, tmp_path / "file/cache").cache is None
     assert "Not a directory" in capsys.readouterr().err

@@ -32,7 +32,9 @@ class OneDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
         elsewhere = [
-            x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor) and x.device.type != DEVICE
+            x
+            for x in tree_leaves((args, kwargs, result))
+            if isinstance(x, Tensor) and x.device.type != DEVICE
         ]
         assert not elsewhere, f"{func} with a tensor on {elsewhere[0].device}"
         return result
@@ -40,7 +42,9 @@ class OneDevice(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_stays_on_its_device(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no such device
+    monkeypatch.setattr(
+        torch, "autocast", lambda *_, **__: nullcontext()
+    )  # it knows no such device
     student, teacher = create_model("segformer_b0"), create_model("segformer_b1")
     distiller = METHODS[method](student, teacher, CITYSCAPES.weights, Settings()).to(DEVICE)
     distiller.distil_logits()
@@ -53,14 +57,21 @@ def test_a_step_stays_on_its_device(method: str, monkeypatch: pytest.MonkeyPatch
         averaged.network(images)
 
 
-def test_a_step_of_training_asks_the_device_for_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_step_of_training_asks_the_device_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Bytes are sent, and no number comes back: here, where there are none, that would be an error."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     made_floats_of: list[Tensor] = []
-    monkeypatch.setattr(engine, "to_float", lambda images: made_floats_of.append(images) or to_float(images))
+    monkeypatch.setattr(
+        engine, "to_float", lambda images: made_floats_of.append(images) or to_float(images)
+    )
     student, teacher = create_model("segformer_b0"), create_model("segformer_b1")
     distiller = METHODS["transkd_base"](student, teacher, CITYSCAPES.weights, Settings()).to(DEVICE)
-    options, ranks = Options(datadir=Path(), output_dir=tmp_path, tensorboard=False, steps_loss=3), Ranks("cpu")
+    options, ranks = (
+        Options(datadir=Path(), output_dir=tmp_path, tensorboard=False, steps_loss=3),
+        Ranks("cpu"),
+    )
     tracker = Tracker(options, ranks, 9, 0, torch.device(DEVICE))
     tracker.steps_here = 1  # the first step is shown at once, which takes its losses
     run = SimpleNamespace(
@@ -75,7 +86,10 @@ def test_a_step_of_training_asks_the_device_for_nothing(monkeypatch: pytest.Monk
         averaged=AveragedWeights(student, 0.99),
         tracker=tracker,
     )
-    images, labels = torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.zeros(2, 16, 16, dtype=torch.uint8)
+    images, labels = (
+        torch.zeros(2, 3, 64, 64, dtype=torch.uint8),
+        torch.zeros(2, 16, 16, dtype=torch.uint8),
+    )
     for _ in range(2):
         Run.step(cast("Run", run), [Batch(images, labels, torch.arange(2))])
     assert run.state.step == 2 and len(tracker.pending) == 2

@@ -54,7 +54,9 @@ def at_step(step: int, what: str) -> str:
 
 
 @pytest.mark.slow
-def test_two_processes(command: Command, scenes: Path, teacher_weights: Path, tmp_path: Path) -> None:
+def test_two_processes(
+    command: Command, scenes: Path, teacher_weights: Path, tmp_path: Path
+) -> None:
     """Without dropout, whose draws each process makes for itself; BatchNorm sees the same images at a time in both.
 
     Seven images: the second batch of four lacks one, so that a process has one image and the other two.
@@ -62,30 +64,54 @@ def test_two_processes(command: Command, scenes: Path, teacher_weights: Path, tm
     names = sorted(p.name for p in (scenes / "leftImg8bit" / "train").rglob("*.png"))
     listed = tmp_path / "seven.txt"
     listed.write_text("\n".join(names[:7]))
-    flags = ["train/TransKDBase.py", "--datadir", scenes, "--teacher-weights", teacher_weights, *SMALL]
+    flags = [
+        "train/TransKDBase.py",
+        "--datadir",
+        scenes,
+        "--teacher-weights",
+        teacher_weights,
+        *SMALL,
+    ]
     flags += ["--train-list", listed, "--batch-size", 4, "--max-steps", 5, "--validate-every", 5]
     flags += ["--drop-path-rate", 0, "--dropout", 0, "--lr", 1e-4]
     one = command(*flags, "--accumulate", 2, "--output-dir", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     two = torchrun(command, *flags, "--output-dir", tmp_path / "two")
     assert two.returncode == 0, two.stderr
-    first, second = ([r for r in records(tmp_path / n) if r["event"] == "train"] for n in ("one", "two"))
+    first, second = (
+        [r for r in records(tmp_path / n) if r["event"] == "train"] for n in ("one", "two")
+    )
     assert len(first) == len(second) == 5
     for a, b in zip(first, second, strict=True):
         assert a["losses"] == pytest.approx(b["losses"], rel=1e-5 if a["step"] == 1 else 1e-3)
     for name in ("one", "two"):  # what is logged is what the saved network scores
         student = load_model(tmp_path / name / "student.safetensors")
-        found = evaluate(student, open_split("cityscapes", scenes, "val", height=64, cache=False), progress=False)
+        found = evaluate(
+            student, open_split("cityscapes", scenes, "val", height=64, cache=False), progress=False
+        )
         logged = next(r for r in records(tmp_path / name) if r["event"] == "val")
         assert found.as_json()["mean_iou"] == pytest.approx(logged["mean_iou"], abs=1e-6)
-    counted = [next(r for r in records(tmp_path / n) if r["event"] == "val")["images"] for n in ("one", "two")]
+    counted = [
+        next(r for r in records(tmp_path / n) if r["event"] == "val")["images"]
+        for n in ("one", "two")
+    ]
     assert counted == [4, 4]
 
 
 @pytest.mark.slow
 def test_two_processes_resume_exactly(command: Command, scenes: Path, tmp_path: Path) -> None:
     """After a signal that process 1 alone got, in mid-epoch; it has a disk of its own, on which nothing is."""
-    flags = ("--datadir", scenes, *SMALL, "--batch-size", 4, "--validate-every", 2, "--max-steps", 6)
+    flags = (
+        "--datadir",
+        scenes,
+        *SMALL,
+        "--batch-size",
+        4,
+        "--validate-every",
+        2,
+        "--max-steps",
+        6,
+    )
     own_folder = "sys.argv[-1] += '' if rank == 0 else '_of_1'\n"
     interrupted = student_after(own_folder + at_step(4, "os.kill(os.getpid(), 15)"), tmp_path)
     whole = torchrun(command, "train/student.py", *flags, "--output-dir", tmp_path / "whole")
@@ -93,10 +119,17 @@ def test_two_processes_resume_exactly(command: Command, scenes: Path, tmp_path: 
     first = torchrun(command, interrupted, *flags, "--output-dir", tmp_path / "parts")
     assert first.returncode == 1 and "interrupted at step 4" in first.stderr
     again = torchrun(
-        command, student_after(own_folder, tmp_path), *flags, "--resume", "--output-dir", tmp_path / "parts"
+        command,
+        student_after(own_folder, tmp_path),
+        *flags,
+        "--resume",
+        "--output-dir",
+        tmp_path / "parts",
     )
     assert again.returncode == 0, again.stderr
-    assert_equal(tmp_path / "whole" / "student.safetensors", tmp_path / "parts" / "student.safetensors")
+    assert_equal(
+        tmp_path / "whole" / "student.safetensors", tmp_path / "parts" / "student.safetensors"
+    )
     assert not (tmp_path / "parts_of_1").exists()
 
 
@@ -104,9 +137,15 @@ def test_two_processes_resume_exactly(command: Command, scenes: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        ("sys.argv += ['--subset-every', '2'] * rank", "process 1 has another subset_every, data than process 0"),
+        (
+            "sys.argv += ['--subset-every', '2'] * rank",
+            "process 1 has another subset_every, data than process 0",
+        ),
         ("sys.argv += ['--student-weights', 'none'] * rank", "process 1: no weights at none"),
-        (at_step(2, "raise cli.UserError('broken')"), "another process has ended"),
+        (
+            at_step(2, "from errors import UserError; raise UserError('broken')"),
+            "another process has ended",
+        ),
     ],
 )
 def test_what_fails_in_one_process_ends_all(
@@ -114,7 +153,12 @@ def test_what_fails_in_one_process_ends_all(
 ) -> None:
     """Without torchrun, which would end the other: as on two nodes, where it would wait, or tell how gloo lost it."""
     script = student_after(lines, tmp_path)
-    more = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    more = {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     with ThreadPoolExecutor() as threads:
         flags = (script, "--datadir", scenes, *SMALL, "--output-dir", tmp_path / "run")
         both = [threads.submit(command, *flags, RANK=str(rank), **more) for rank in (0, 1)]
@@ -127,13 +171,25 @@ def test_what_fails_in_one_process_ends_all(
     ("flags", "says"),
     [
         (("--device", "cuda:1"), "--device cuda:1 is one GPU for all processes"),
-        (("--compile", "--compile-mode", "reduce-overhead"), "--compile-mode reduce-overhead is for one process"),
+        (
+            ("--compile", "--compile-mode", "reduce-overhead"),
+            "--compile-mode reduce-overhead is for one process",
+        ),
     ],
 )
 def test_flags_of_one_process(
     flags: tuple[str, ...], says: str, command: Command, scenes: Path, tmp_path: Path
 ) -> None:
-    done = torchrun(command, "train/student.py", "--datadir", scenes, *SMALL, "--output-dir", tmp_path / "run", *flags)
+    done = torchrun(
+        command,
+        "train/student.py",
+        "--datadir",
+        scenes,
+        *SMALL,
+        "--output-dir",
+        tmp_path / "run",
+        *flags,
+    )
     assert done.returncode != 0 and says in done.stderr and not (tmp_path / "run").exists()
 
 
@@ -144,10 +200,13 @@ def test_parts_count_as_the_whole_batch() -> None:
     labels[2, :3] = 19  # mostly ignored
     weights = torch.tensor(CITYSCAPES.weights)
     parts = [
-        Batch(torch.empty(n, 3, 16, 32), part, torch.arange(n)) for n, part in zip((2, 1), labels.split(2), strict=True)
+        Batch(torch.empty(n, 3, 16, 32), part, torch.arange(n))
+        for n, part in zip((2, 1), labels.split(2), strict=True)
     ]
     share = shares(parts, weights, Ranks("cpu"))
-    ce = [cross_entropy(x, y, weights) for x, y in zip(logits.split(2), labels.split(2), strict=True)]
+    ce = [
+        cross_entropy(x, y, weights) for x, y in zip(logits.split(2), labels.split(2), strict=True)
+    ]
     mse = [x.square().mean() for x in logits.split(2)]
     found = torch.stack([torch.stack(ce), torch.stack(mse)], dim=1).mul(share).mean(0)
     whole = torch.stack([cross_entropy(logits, labels, weights), logits.square().mean()])
@@ -155,7 +214,9 @@ def test_parts_count_as_the_whole_batch() -> None:
     assert (torch.stack(ce).mean() - whole[0]).abs() > 1e-2  # what a plain average would be off by
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted the Linux way")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="threads are counted the Linux way"
+)
 @pytest.mark.slow
 def test_no_thread_outlives_the_group(command: Command, scenes: Path, tmp_path: Path) -> None:
     """One that is still at work while the interpreter ends may abort it, and a launcher then waits for minutes."""
@@ -176,15 +237,36 @@ def test_no_thread_outlives_the_group(command: Command, scenes: Path, tmp_path: 
     flags = ("--datadir", scenes, *SMALL, "--max-steps", 1, "--output-dir", tmp_path / "run")
     done = torchrun(command, script, *flags, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
-    assert [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)] == ["[True, None, False]"] * 2
+    assert [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)] == [
+        "[True, None, False]"
+    ] * 2
 
 
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "x"}])
-def test_half_of_torchruns_variables(command: Command, scenes: Path, tmp_path: Path, variables: dict[str, str]) -> None:
-    done = command("train/student.py", "--datadir", scenes, *SMALL, "--output-dir", tmp_path / "run", **variables)
+def test_half_of_torchruns_variables(
+    command: Command, scenes: Path, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    done = command(
+        "train/student.py",
+        "--datadir",
+        scenes,
+        *SMALL,
+        "--output-dir",
+        tmp_path / "run",
+        **variables,
+    )
     assert done.returncode == 2 and "torchrun" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_batch_that_cannot_be_shared(command: Command, scenes: Path, tmp_path: Path) -> None:
-    done = command("train/student.py", "--datadir", scenes, *SMALL, "--accumulate", 3, "--output-dir", tmp_path / "run")
+    done = command(
+        "train/student.py",
+        "--datadir",
+        scenes,
+        *SMALL,
+        "--accumulate",
+        3,
+        "--output-dir",
+        tmp_path / "run",
+    )
     assert done.returncode == 2 and "multiple of 3" in done.stderr

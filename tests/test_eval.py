@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cli import UserError, run
+from cli import run
 from datasets import SceneDataset, open_split
 from datasets.classes import CITYSCAPES
 from datasets.loading import evaluation_batches
 from datasets.transforms import to_float
+from errors import UserError
 from eval import (
     commands,
     eval_ACDC_color,
@@ -62,7 +63,9 @@ def cityscapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def acdc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, rng = tmp_path_factory.mktemp("acdc"), np.random.default_rng(1)
-    for drive, (condition, images) in enumerate((("fog", 2), ("night", 1), ("rain", 1), ("snow", 1))):
+    for drive, (condition, images) in enumerate(
+        (("fog", 2), ("night", 1), ("rain", 1), ("snow", 1))
+    ):
         for i in range(images):
             name = f"{condition}/val/GOPR000{drive}/GOPR000{drive}_frame_00000{i}"
             image, label = f"rgb_anon/{name}_rgb_anon.png", f"gt/{name}_gt_labelIds.png"
@@ -125,7 +128,9 @@ def predict(model: SegFormer, data: SceneDataset, index: int) -> np.ndarray:
         return model(to_float(data[index].image)[None]).logits.argmax(1)[0].numpy()
 
 
-def test_paper_protocol_by_script(cityscapes: Path, model: SegFormer, weights: Path, tmp_path: Path) -> None:
+def test_paper_protocol_by_script(
+    cityscapes: Path, model: SegFormer, weights: Path, tmp_path: Path
+) -> None:
     """From another folder, through the command line, against the definition."""
     result = tmp_path / "new" / "eval.json"
     flags = ["--datadir", cityscapes, "--weights", weights, "--height", 64, "--json", result]
@@ -198,15 +203,24 @@ def test_full_protocol_is_what_cityscapesscripts_scores(
     assert {int(i) for path in predictions for i in np.unique(np.asarray(Image.open(path)))} <= set(
         CITYSCAPES.label_ids[:19]
     )
-    peer.args.predictionPath, peer.args.predictionWalk = str(pictures), None  # as it finds a submission's files
-    assert [peer.getPrediction(peer.args, str(truth)) for truth in truths] == [str(path) for path in predictions]
+    peer.args.predictionPath, peer.args.predictionWalk = (
+        str(pictures),
+        None,
+    )  # as it finds a submission's files
+    assert [peer.getPrediction(peer.args, str(truth)) for truth in truths] == [
+        str(path) for path in predictions
+    ]
     peer.args.evalInstLevelScore, peer.args.JSONOutput, peer.args.quiet = False, False, True
-    theirs = peer.evaluateImgLists([str(p) for p in predictions], [str(t) for t in truths], peer.args)
+    theirs = peer.evaluateImgLists(
+        [str(p) for p in predictions], [str(t) for t in truths], peer.args
+    )
     ours = json.loads(scored.read_text())
     assert ours["mean_iou"] == pytest.approx(theirs["averageScoreClasses"], abs=1e-12)
     for name, value in ours["per_class"].items():
         expected = theirs["classScores"][name]
-        assert value == pytest.approx(expected, abs=1e-12) if value is not None else np.isnan(expected)
+        assert (
+            value == pytest.approx(expected, abs=1e-12) if value is not None else np.isnan(expected)
+        )
     assert sum(value is not None for value in ours["per_class"].values()) > 12  # predicted counts
 
 
@@ -227,7 +241,10 @@ def test_acdc_conditions(acdc: Path, weights: Path, tmp_path: Path, command: Any
         set(part) == {"protocol", "images", "mean_iou", "mean_iou_published", "per_class"}
         for part in conditions.values()
     )
-    assert sum(len(part["per_class"]) for part in conditions.values()) == 4 * 19 and len(written["per_image"]) == 5
+    assert (
+        sum(len(part["per_class"]) for part in conditions.values()) == 4 * 19
+        and len(written["per_image"]) == 5
+    )
     assert all(word in out for word in ("all", "fog", "night", "rain", "snow", "motorcycle"))
     data = open_split("ACDC", acdc, "val", height=64, cache=False, conditions=["night"])
     night = evaluate(load_model(weights), data, progress=False).counts.scores()
@@ -240,7 +257,16 @@ def test_train_ids_are_what_the_acdc_server_takes(
 ) -> None:
     """One channel at the photograph's size, 0 … 18, all in one folder."""
     data = open_split("ACDC", acdc, "val", height=64, cache=False)
-    flags = ["--datadir", acdc, "--weights", weights, "--height", 64, "--output-dir", tmp_path / "train_ids"]
+    flags = [
+        "--datadir",
+        acdc,
+        "--weights",
+        weights,
+        "--height",
+        64,
+        "--output-dir",
+        tmp_path / "train_ids",
+    ]
     code, _, err = command(eval_ACDC_color, *flags, "--train-ids", "--flat")
     assert code == 0, err
     files = [tmp_path / "train_ids" / Path(sample.name).name for sample in data.samples]
@@ -254,7 +280,9 @@ def test_train_ids_are_what_the_acdc_server_takes(
         assert (np.asarray(CITYSCAPES.label_ids)[labels] == np.asarray(Image.open(theirs))).all()
 
 
-def test_colour_at_the_logits_size(acdc: Path, model: SegFormer, weights: Path, tmp_path: Path, command: Any) -> None:
+def test_colour_at_the_logits_size(
+    acdc: Path, model: SegFormer, weights: Path, tmp_path: Path, command: Any
+) -> None:
     flags = ["--datadir", acdc, "--weights", weights, "--height", 64, "--output-dir", tmp_path]
     code, out, _ = command(eval_ACDC_color, *flags)
     assert code == 0 and str(tmp_path) in out
@@ -271,7 +299,10 @@ def test_colour_at_the_logits_size(acdc: Path, model: SegFormer, weights: Path, 
 
 
 def test_colour_full_and_overlay(cityscapes: Path, weights: Path, tmp_path: Path) -> None:
-    data, model = open_split("cityscapes", cityscapes, "val", height=64, cache=False), load_model(weights)
+    data, model = (
+        open_split("cityscapes", cityscapes, "val", height=64, cache=False),
+        load_model(weights),
+    )
     full = render(model, data, tmp_path / "full", size="full", progress=False)
     blended = render(model, data, tmp_path / "blend", overlay=0.25, batch_size=2, progress=False)
     jpg = "leftImg8bit/val/frankfurt/frankfurt_000000_000002_leftImg8bit.png"  # the input is .jpg
@@ -298,20 +329,36 @@ def test_runs_have_folders_of_their_own(
         (tmp_path / place / "student.pth").symlink_to(weights)
         if place != "elsewhere":
             (tmp_path / place / "options.json").write_text("{}")
-        chosen = options.ColorOptions(cityscapes, weights=tmp_path / place / "student.pth", height=64, num_workers=0)
+        chosen = options.ColorOptions(
+            cityscapes, weights=tmp_path / place / "student.pth", height=64, num_workers=0
+        )
         made = commands.paint("cityscapes", chosen)
-        folder = tmp_path / "outputs" / "color" / ("" if place == "elsewhere" else place) / "student"
+        folder = (
+            tmp_path / "outputs" / "color" / ("" if place == "elsewhere" else place) / "student"
+        )
         assert made and all(path.is_relative_to(folder) for path in made)
 
 
-def test_scripts_for_any_data_set(cityscapes: Path, acdc: Path, weights: Path, tmp_path: Path) -> None:
-    for dataset, datadir, scorer in (("cityscapes", cityscapes, eval_cityscapes_iou), ("ACDC", acdc, eval_ACDC_iou)):
-        common: dict[str, Any] = {"datadir": datadir, "weights": weights, "height": 64, "num_workers": 0}
+def test_scripts_for_any_data_set(
+    cityscapes: Path, acdc: Path, weights: Path, tmp_path: Path
+) -> None:
+    for dataset, datadir, scorer in (
+        ("cityscapes", cityscapes, eval_cityscapes_iou),
+        ("ACDC", acdc, eval_ACDC_iou),
+    ):
+        common: dict[str, Any] = {
+            "datadir": datadir,
+            "weights": weights,
+            "height": 64,
+            "num_workers": 0,
+        }
         results = tmp_path / f"{dataset}.json", tmp_path / f"{dataset}_any.json"
         scorer.main(options.IoUOptions(**common, json=results[0]))
         eval_iou.main(eval_iou.Options(**common, json=results[1], dataset=dataset))
         assert results[0].read_text() == results[1].read_text()
-        eval_color.main(eval_color.Options(**common, output_dir=tmp_path / dataset, dataset=dataset))
+        eval_color.main(
+            eval_color.Options(**common, output_dir=tmp_path / dataset, dataset=dataset)
+        )
         images = json.loads(results[0].read_text())["images"]
         assert len(list((tmp_path / dataset).rglob("*.png"))) == images > 0
 
@@ -321,13 +368,17 @@ def test_splits_without_labels_are_rendered_but_not_scored(
 ) -> None:
     flags = ["--datadir", cityscapes, "--weights", weights, "--height", 64, "--subset", "test"]
     result = tmp_path / "written.json"
-    code, _, _ = command(eval_cityscapes_color, *flags, "--output-dir", tmp_path, "--label-ids", "--json", result)
+    code, _, _ = command(
+        eval_cityscapes_color, *flags, "--output-dir", tmp_path, "--label-ids", "--json", result
+    )
     (picture,) = json.loads(result.read_text())["files"]
     assert code == 0 and Image.open(picture).mode == "L"
     assert Image.open(picture).size == (SIZE[1], SIZE[0])
     code, _, err = command(eval_cityscapes_iou, *flags)
     assert code == 2 and "label" in err and "berlin_000000_000000" in err
-    data = open_split("cityscapes", cityscapes, "test", height=64, cache=False, require_labels=False)
+    data = open_split(
+        "cityscapes", cityscapes, "test", height=64, cache=False, require_labels=False
+    )
     with pytest.raises(UserError, match="has no label to score against"):
         evaluate(load_model(weights), data, progress=False)
 
@@ -340,7 +391,10 @@ def test_splits_without_labels_are_rendered_but_not_scored(
         (["--train-ids", "--label-ids"], "exclude each other"),
         (["--output-dir", "{datadir}/leftImg8bit/val"], "lies in the data set"),
         (["--output-dir", "{datadir}", "--flat"], "lies in the data set"),
-        (["--datadir", "{linked}", "--output-dir", "{datadir}/leftImg8bit/val/new"], "lies in the data set"),
+        (
+            ["--datadir", "{linked}", "--output-dir", "{datadir}/leftImg8bit/val/new"],
+            "lies in the data set",
+        ),
         (["--output-dir", "{weights}"], "can't make the folder"),
         (["--json", "{linked}"], "is a folder"),
         (["--json", "{weights}"], "does not end in .json"),
@@ -356,7 +410,16 @@ def test_mistakes_get_one_line(
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "leftImg8bit").symlink_to(cityscapes / "leftImg8bit")
-    given = ["--datadir", cityscapes, "--weights", weights, "--height", 64, "--output-dir", tmp_path / "pictures"]
+    given = [
+        "--datadir",
+        cityscapes,
+        "--weights",
+        weights,
+        "--height",
+        64,
+        "--output-dir",
+        tmp_path / "pictures",
+    ]
     more = [flag.format(datadir=cityscapes, linked=linked, weights=weights) for flag in flags]
     code, _, err = command(eval_cityscapes_color, *given, *more)
     assert code == 2 and words in err and err.startswith("error: ")
@@ -395,7 +458,9 @@ def test_published_names(
     assert command(script, *flags)[0] == 0
 
 
-def test_pictures_stay_below_the_output_folder(cityscapes: Path, model: SegFormer, tmp_path: Path) -> None:
+def test_pictures_stay_below_the_output_folder(
+    cityscapes: Path, model: SegFormer, tmp_path: Path
+) -> None:
     """A link in the output folder that leads elsewhere is not followed."""
     data = open_split("cityscapes", cityscapes, "val", height=64, cache=False)
     elsewhere = tmp_path / "elsewhere"
@@ -455,5 +520,9 @@ def test_colours_of_any_type() -> None:
     """A palette written without dtype, or as a plain list, gives the colours that it says."""
     colours = [(200, 10, 20), (30, 140, 50), (0, 0, 0)]
     for palette in (colours, np.array(colours)):
-        mine = replace(CITYSCAPES, names=("road", "sky"), palette=palette, weights=None, label_ids=(1, 2, 0))
-        assert np.asarray(colorize(np.array([[0, 1, 2]]), mine)).tolist() == [[list(colour) for colour in colours]]
+        mine = replace(
+            CITYSCAPES, names=("road", "sky"), palette=palette, weights=None, label_ids=(1, 2, 0)
+        )
+        assert np.asarray(colorize(np.array([[0, 1, 2]]), mine)).tolist() == [
+            [list(colour) for colour in colours]
+        ]

@@ -82,7 +82,9 @@ def without_randomness(module: nn.Module) -> nn.Module:
 def test_parameters_are_the_published_ones(name: str) -> None:
     manifest = load("manifest.json")[name]
     model = create_model(PLAIN[name]) if name in PLAIN else build(name)
-    assert {published_key(k): list(v.shape) for k, v in model.state_dict().items()} == manifest["state_dict"]
+    assert {published_key(k): list(v.shape) for k, v in model.state_dict().items()} == manifest[
+        "state_dict"
+    ]
     assert sum(p.numel() for p in model.parameters()) == manifest["total_params"]
 
 
@@ -115,7 +117,11 @@ def test_distillation_modules_in_evaluation(name: str, i: str) -> None:
 
 
 def check_distiller(
-    prefix: str, distiller: nn.Module, images: Tensor, student: SegmentationOutput, tolerance: float = 3e-5
+    prefix: str,
+    distiller: nn.Module,
+    images: Tensor,
+    student: SegmentationOutput,
+    tolerance: float = 3e-5,
 ) -> None:
     assert_golden(f"{prefix}/logits", student.logits)
     for k, fused in enumerate(distiller.fusion(student.features), start=1):
@@ -166,7 +172,9 @@ def test_training_step(name: str, dtype: torch.dtype) -> None:
         distiller.embed_weights,
         strict=False,
     ):
-        terms["embed_mse" if name.startswith("skf_embed") else key.replace("embed", "embed_mse")] = value / weight
+        terms[
+            "embed_mse" if name.startswith("skf_embed") else key.replace("embed", "embed_mse")
+        ] = value / weight
     assert set(terms) >= {k for k in expected if not k.startswith(("cwd", "embed_weighted"))}
     for key, value in terms.items():
         assert value.item() == pytest.approx(expected[key], rel=1e-10 if suffix else 1e-5), key
@@ -188,7 +196,9 @@ def assert_gradients(distiller: nn.Module, expected: dict, name: str, dtype: tor
             assert found[key] == pytest.approx(value, rel=relative, abs=absolute), key
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if "total_cwd_channel_T1" in load("train_golden.json").get(n, {})])
+@pytest.mark.parametrize(
+    "name", [n for n in METHODS if "total_cwd_channel_T1" in load("train_golden.json").get(n, {})]
+)
 def test_other_feature_losses(name: str) -> None:
     golden = load("train_golden.json")[name]
     maps = []
@@ -203,7 +213,10 @@ def test_other_feature_losses(name: str) -> None:
     total.backward()
     assert_gradients(distiller, golden["grad_l2_total_cwd_channel_T1"], name, torch.float32)
     for temperature in (1, 4):
-        for loss, norm in ((channel_wise_divergence, "channel"), (pixel_wise_divergence, "spatial")):
+        for loss, norm in (
+            (channel_wise_divergence, "channel"),
+            (pixel_wise_divergence, "spatial"),
+        ):
             expected = golden["losses"][f"cwd_{norm}_T{temperature}"]
             assert loss(*maps, temperature).item() == pytest.approx(expected, rel=1e-5)
 
@@ -214,7 +227,8 @@ def test_losses_on_small_maps() -> None:
     rng = np.random.default_rng(2)
     shapes = [(2, 8, 16, 32), (2, 12, 8, 16), (2, 16, 3, 6), (2, 20, 1, 2)]
     student, teacher = (
-        [torch.from_numpy(rng.standard_normal(shape).astype(np.float32)) for shape in shapes] for _ in range(2)
+        [torch.from_numpy(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
+        for _ in range(2)
     )
     hcl = FEATURE_LOSSES["hcl"]
     assert hcl(student, teacher).item() == pytest.approx(golden["hcl"], rel=1e-5)
@@ -235,7 +249,9 @@ def test_palette_and_class_weights() -> None:
     assert len(CITYSCAPES.weights) == 20 and CITYSCAPES.weights[19] == 0
 
 
-TORCHS = None  # a layer starts as torch makes it: uniform, deviation 1 / sqrt(3 · fan_in), the bias too
+TORCHS = (
+    None  # a layer starts as torch makes it: uniform, deviation 1 / sqrt(3 · fan_in), the bias too
+)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +306,12 @@ TORCHS = None  # a layer starts as torch makes it: uniform, deviation 1 / sqrt(3
         ),
         (
             partial(GLMixer, *WIDTHS),
-            {"embed4_linearproject": TORCHS, "attn4.qkv": TORCHS, "attn4.proj": TORCHS, "conv1": TORCHS},
+            {
+                "embed4_linearproject": TORCHS,
+                "attn4.qkv": TORCHS,
+                "attn4.proj": TORCHS,
+                "conv1": TORCHS,
+            },
         ),
         (
             partial(EmbeddingAssistant, *WIDTHS),
@@ -374,35 +395,84 @@ def test_images_are_resized_bilinearly_and_go_from_0_to_1() -> None:
     image = torch.tensor(pixels).permute(2, 0, 1)[None].float()
     expected = F.interpolate(image, (64, 128), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
     assert (resized - expected).abs().max() <= 1
-    assert to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx([0, 0.2, 1])
+    assert to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx(
+        [0, 0.2, 1]
+    )
 
 
-def test_what_is_trained_on_is_moved_and_what_is_scored_is_not(scenes: Path, tmp_path: Path) -> None:
+def test_what_is_trained_on_is_moved_and_what_is_scored_is_not(
+    scenes: Path, tmp_path: Path
+) -> None:
     common = {"datadir": scenes, "height": 64, "cache": False, "device": "cpu"}
     for i, flags in enumerate(({}, {"flip": False, "shift": 1}, {"published_shift": True})):
         setup = start(student.Options(**common, **flags, output_dir=tmp_path / str(i)))
-        assert setup.train_set.augment == Augmentation(**({"flip": True, "shift": 2, "seed": 0} | flags))
+        assert setup.train_set.augment == Augmentation(
+            **({"flip": True, "shift": 2, "seed": 0} | flags)
+        )
         assert setup.val_set.augment is None
 
 
 def test_recipe() -> None:
     """What the scripts do without being told otherwise."""
-    data = {"dataset": "cityscapes", "height": 512, "flip": True, "shift": 2, "published_shift": False}
-    data |= {"scale": (1.0, 1.0), "crop": None, "jitter": 0.0, "normalisation": "none", "loss_size": "quarter"}
-    adam = {"lr": 6e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "decay": "all", "ema": 0.0}
-    schedule = {"schedule": "epoch", "lr_decay_epochs": 1500, "lr_power": 1.0, "warmup_steps": 0, "validate_every": 1}
-    network = {"drop_path_rate": 0.1, "dropout": 0.1, "precision": "fp32", "accumulate": 1, "keep_steps": False}
+    data = {
+        "dataset": "cityscapes",
+        "height": 512,
+        "flip": True,
+        "shift": 2,
+        "published_shift": False,
+    }
+    data |= {
+        "scale": (1.0, 1.0),
+        "crop": None,
+        "jitter": 0.0,
+        "normalisation": "none",
+        "loss_size": "quarter",
+    }
+    adam = {
+        "lr": 6e-5,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "decay": "all",
+        "ema": 0.0,
+    }
+    schedule = {
+        "schedule": "epoch",
+        "lr_decay_epochs": 1500,
+        "lr_power": 1.0,
+        "warmup_steps": 0,
+        "validate_every": 1,
+    }
+    network = {
+        "drop_path_rate": 0.1,
+        "dropout": 0.1,
+        "precision": "fp32",
+        "accumulate": 1,
+        "keep_steps": False,
+    }
     common = data | adam | schedule | network
     start = {"student_model": "segformer_b0", "student_pretrained": False, "student_weights": None}
-    distilled = common | start | {"num_epochs": 1000, "batch_size": 2, "teacher_model": "segformer_b2", "embed": 5}
-    distilled |= {"embed_weights": (0.1, 0.1, 0.5, 1.0), "knowledge_distillation_loss": "hcl", "lambda_cwd": 1.0}
+    distilled = (
+        common
+        | start
+        | {"num_epochs": 1000, "batch_size": 2, "teacher_model": "segformer_b2", "embed": 5}
+    )
+    distilled |= {
+        "embed_weights": (0.1, 0.1, 0.5, 1.0),
+        "knowledge_distillation_loss": "hcl",
+        "lambda_cwd": 1.0,
+    }
     distilled |= {"review_kd_loss_weight": 1.0, "temperature": 1.0, "logits_weight": 0.0}
     for script, expected in (
         (TransKDBase, distilled),
         (TransKD_GLMixer, distilled | {"add": False}),
         (TransKD_EA, distilled),
         (student, common | start | {"num_epochs": 500, "batch_size": 4}),
-        (teacher, common | {"num_epochs": 1000, "batch_size": 8, "from_scratch": False, "teacher_weights": None}),
+        (
+            teacher,
+            common
+            | {"num_epochs": 1000, "batch_size": 8, "from_scratch": False, "teacher_weights": None},
+        ),
     ):
         options = vars(script.Options(datadir=Path()))
         assert {name: options[name] for name in expected} == expected, script.__name__
@@ -430,14 +500,19 @@ def test_scripts_train_what_is_published(
     def built(**options: object) -> Distiller:
         distillers: list[Distiller] = []
         monkeypatch.setattr(script, "start", lambda options: SimpleNamespace(classes=CITYSCAPES))
-        monkeypatch.setattr(script, "train", lambda distiller, setup, options: distillers.append(distiller))
+        monkeypatch.setattr(
+            script, "train", lambda distiller, setup, options: distillers.append(distiller)
+        )
         script.main(script.Options(datadir=Path(), **flags, **options))
         return distillers[0]
 
     network = create_model("segformer_b1")  # as wide as B2, and sooner made
     monkeypatch.setattr(DistillationOptions, "teacher", lambda options, classes: network)
     distiller = built()
-    keys = {published_key(k) if name in METHODS else k.removeprefix("student.") for k in distiller.state_dict()}
+    keys = {
+        published_key(k) if name in METHODS else k.removeprefix("student.")
+        for k in distiller.state_dict()
+    }
     assert keys == load("manifest.json")[name]["state_dict"].keys()
     assert distiller.class_weights.tolist() == pytest.approx(CITYSCAPES.weights)
     rates = [m.drop_prob for m in distiller.student.modules() if isinstance(m, DropPath)]
@@ -446,7 +521,17 @@ def test_scripts_train_what_is_published(
     if name in METHODS:
         assert distiller.feature_loss is FEATURE_LOSSES["hcl"] and distiller.feature_weight == 1
         assert distiller.embed_weights == (0.1, 0.1, 0.5, 1.0)
-        other = built(embed=4, knowledge_distillation_loss="KL", lambda_cwd=2.0, drop_path_rate=0.2, dropout=0.3)
-        assert (other.feature_loss_name, other.feature_weight, other.embed_weights) == ("KL", 2.0, (1.0,))
+        other = built(
+            embed=4,
+            knowledge_distillation_loss="KL",
+            lambda_cwd=2.0,
+            drop_path_rate=0.2,
+            dropout=0.3,
+        )
+        assert (other.feature_loss_name, other.feature_weight, other.embed_weights) == (
+            "KL",
+            2.0,
+            (1.0,),
+        )
         assert other.alignment is not None and other.alignment.stages == (4,)
         assert other.student.dropout.p == 0.3

@@ -116,7 +116,9 @@ def test_counts_agree_with_what_torch_executes() -> None:
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             layer.bias = None
-    counted = sum(c.macs for c in count_macs(model, images) if c.kind in ("Conv2d", "Linear", ATTENTION))
+    counted = sum(
+        c.macs for c in count_macs(model, images) if c.kind in ("Conv2d", "Linear", ATTENTION)
+    )
     assert counted == executed_macs(model, images)
 
 
@@ -130,10 +132,16 @@ def test_hooks_are_removed_and_weights_left_alone() -> None:
 
 @pytest.mark.slow
 def test_command_prints_and_measures(command: Command) -> None:
-    done = command("-m", "models.info", "TransKD_EA", "--height", "64", "--width", "128", "--measure")
+    done = command(
+        "-m", "models.info", "TransKD_EA", "--height", "64", "--width", "128", "--measure"
+    )
     assert done.returncode == 0, done.stderr
-    (row,) = (line.strip("│").split("│") for line in done.stdout.splitlines() if line.startswith("│"))
-    name, parameters, published, full, here, milliseconds, mebibytes = (cell.strip() for cell in row)
+    (row,) = (
+        line.strip("│").split("│") for line in done.stdout.splitlines() if line.startswith("│")
+    )
+    name, parameters, published, full, here, milliseconds, mebibytes = (
+        cell.strip() for cell in row
+    )
     assert (name, parameters) == ("TransKD_EA", "5,534,076")
     assert 0 < float(here) < float(published) <= float(full)
     assert float(milliseconds) > 0
@@ -151,7 +159,10 @@ def test_command_prints_and_measures(command: Command) -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    arguments: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("sys.argv", ["info.py", *arguments])
     with pytest.raises(SystemExit) as exit_:

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cli import UserError
 from datasets.classes import CITYSCAPES
+from errors import UserError
 from models import SegmentationModel, SegmentationOutput, create_model, load_model, save_model
 from models.checkpoints import strip_wrappers
 from models.distillation import Distiller
@@ -20,7 +20,10 @@ from train import TransKDBase, distill
 
 EMBEDS = ["embed1", "embed2", "embed3", "embed4"]
 LOSSES = {
-    **{name: ["hcl", *EMBEDS] for name in ("transkd_base", "transkd_gl", "transkd_gl_add", "transkd_ea", "gl_ea")},
+    **{
+        name: ["hcl", *EMBEDS]
+        for name in ("transkd_base", "transkd_gl", "transkd_gl_add", "transkd_ea", "gl_ea")
+    },
     **{name: ["hcl"] for name in ("csf", "reviewkd")},
     **{name: EMBEDS for name in ("pea", "ea")},
     **{name: [name] for name in ("response", "cwd", "cwd_logits")},
@@ -34,11 +37,17 @@ def teacher() -> SegmentationModel:
 
 
 def build(name: str, teacher: SegmentationModel, **settings: object) -> Distiller:
-    return seed(METHODS[name](create_model("segformer_b0"), teacher, CITYSCAPES.weights, Settings(**settings)))
+    return seed(
+        METHODS[name](
+            create_model("segformer_b0"), teacher, CITYSCAPES.weights, Settings(**settings)
+        )
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_learns(name: str, teacher: SegmentationModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_method_learns(
+    name: str, teacher: SegmentationModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its terms, a gradient for every parameter, and the teacher's head only where its logits are compared."""
     heads = []
     decode = teacher.decode
@@ -50,7 +59,11 @@ def test_every_method_learns(name: str, teacher: SegmentationModel, monkeypatch:
     sum(losses[term] for term in LOSSES[name]).backward()
     for term, loss in losses.items():
         assert torch.isfinite(loss) and loss > 0, term
-    untouched = {k for k, p in distiller.named_parameters() if p.grad is None and not k.startswith("student.")}
+    untouched = {
+        k
+        for k, p in distiller.named_parameters()
+        if p.grad is None and not k.startswith("student.")
+    }
     assert all("fc1.0" in key for key in untouched)  # CSF's squeeze for a batch of one
     assert distiller.student.patch_embed1.proj.weight.grad.abs().max() > 0
     assert strip_wrappers(distiller.state_dict()).keys() == distiller.student.state_dict().keys()
@@ -58,7 +71,9 @@ def test_every_method_learns(name: str, teacher: SegmentationModel, monkeypatch:
 
 def test_what_the_baselines_weigh(teacher: SegmentationModel) -> None:
     """As their docstrings and docs/RESULTS.md say."""
-    response, logits, cwd, skd = (build(name, teacher) for name in ("response", "cwd_logits", "cwd", "skd"))
+    response, logits, cwd, skd = (
+        build(name, teacher) for name in ("response", "cwd_logits", "cwd", "skd")
+    )
     assert response.logit_losses["response"][1:] == (1.0, 1.0)
     assert logits.logit_losses["cwd_logits"][1:] == (3.0, 4.0)
     assert (cwd.weight, cwd.temperature, skd.weight) == (50.0, 4.0, 0.5)
@@ -83,7 +98,9 @@ def outputs(classes: int) -> SegmentationOutput:
 def test_response_is_hintons_loss_over_the_classes_that_count(teacher: SegmentationModel) -> None:
     distiller = build("response", teacher, baseline={"weight": 2.0, "temperature": 3.0})
     s, t = outputs(20), outputs(20)
-    p, q = (out.logits[:, :19].permute(0, 2, 3, 1).reshape(-1, 19).div(3).softmax(1) for out in (t, s))
+    p, q = (
+        out.logits[:, :19].permute(0, 2, 3, 1).reshape(-1, 19).div(3).softmax(1) for out in (t, s)
+    )
     expected = 2 * 3**2 * (p * (p / q).log()).sum(1).mean()
     torch.testing.assert_close(distiller.compare_logits(s, t)["response"], expected)
     s.logits[:, 19], t.logits[:, 19] = 50, -50  # "ignore"
@@ -103,7 +120,10 @@ def test_pairwise_similarities() -> None:
     s, t = torch.randn(2, 3, 4, 5), torch.randn(2, 5, 4, 5)
     expected = 0.0
     for b in range(2):
-        windows = [[x[b, :, i : i + 2, j : j + 2].amax((1, 2)) for i in (0, 2) for j in (0, 2, 4)] for x in (s, t)]
+        windows = [
+            [x[b, :, i : i + 2, j : j + 2].amax((1, 2)) for i in (0, 2) for j in (0, 2, 4)]
+            for x in (s, t)
+        ]
         for i in range(6):
             for j in range(6):
                 a_s, a_t = (F.cosine_similarity(x[i], x[j], dim=0) for x in windows)
@@ -131,47 +151,64 @@ def test_one_stage_and_its_limits(teacher: SegmentationModel) -> None:
         ("response", {"embed": 3}, "no --embed"),
         ("cwd", {"knowledge_distillation_loss": "KL"}, "no --knowledge-distillation-loss"),
         ("pea", {"review_kd_loss_weight": 2.0}, "no --knowledge-distillation-loss"),
-        *((name, {"embed": 0}, "--embed 0|stage 4") for name in ("pea", "ea", "transkd_gl", "transkd_ea", "gl_ea")),
+        *(
+            (name, {"embed": 0}, "--embed 0|stage 4")
+            for name in ("pea", "ea", "transkd_gl", "transkd_ea", "gl_ea")
+        ),
         ("student", {"embed": 2}, "no --embed"),
         ("student", {"kd_weight": 2.0}, "no --kd-weight"),
         ("student", {"logits_weight": 5.0}, "--logits-weight is 5.0"),
         ("response", {"logits_weight": 5.0}, "--logits-weight is 5.0"),
     ],
 )
-def test_flags_that_a_method_does_not_have(name: str, flags: dict, says: str, teacher: SegmentationModel) -> None:
+def test_flags_that_a_method_does_not_have(
+    name: str, flags: dict, says: str, teacher: SegmentationModel
+) -> None:
     with pytest.raises(UserError, match=says):
         settings = distill.Options(datadir=Path(), method=name, **flags).settings
         METHODS[name](create_model("segformer_b0"), teacher, None, settings)
 
 
-@pytest.mark.parametrize(("name", "fusion"), [("transkd_base", True), ("csf", True), ("cwd_logits", False)])
-def test_flags_that_change_nothing_else(name: str, fusion: bool, teacher: SegmentationModel) -> None:
+@pytest.mark.parametrize(
+    ("name", "fusion"), [("transkd_base", True), ("csf", True), ("cwd_logits", False)]
+)
+def test_flags_that_change_nothing_else(
+    name: str, fusion: bool, teacher: SegmentationModel
+) -> None:
     """`--embed 0` is CSF alone, and says nothing new to who aligns nothing."""
     settings = distill.Options(datadir=Path(), method=name, embed=0).settings
     distiller = METHODS[name](create_model("segformer_b0"), teacher, None, settings)
     assert distiller.alignment is None and (distiller.fusion is not None) == fusion
 
 
-def test_a_narrow_teacher_is_refused_where_it_would_be_projected_onto(teacher: SegmentationModel) -> None:
+def test_a_narrow_teacher_is_refused_where_it_would_be_projected_onto(
+    teacher: SegmentationModel,
+) -> None:
     for name, method in METHODS.items():
         student, narrow = create_model("segformer_b1"), create_model("segformer_b0")
         if name in ("response", "cwd_logits", "skd"):
             losses = method(student, narrow, None, Settings())(golden_input("A"), golden_labels())
             assert losses["ce"] > 0 and len(losses) == 2
         else:
-            with pytest.raises(UserError, match="segformer_b0 is narrower than the student segformer_b1"):
+            with pytest.raises(
+                UserError, match="segformer_b0 is narrower than the student segformer_b1"
+            ):
                 method(student, narrow, None, Settings())
 
 
 def test_weight_and_temperature_reach_the_loss(teacher: SegmentationModel) -> None:
-    once, twice = (build("cwd", teacher, baseline={"weight": w, "temperature": 2.0}).eval() for w in (1.0, 2.0))
+    once, twice = (
+        build("cwd", teacher, baseline={"weight": w, "temperature": 2.0}).eval() for w in (1.0, 2.0)
+    )
     with torch.no_grad():
         a, b = (d(golden_input("A"), golden_labels())["cwd"] for d in (once, twice))
     assert once.temperature == 2 and b.item() == pytest.approx(2 * a.item())
 
 
 @pytest.mark.slow
-def test_a_name_trains_as_the_methods_own_script(teacher: SegmentationModel, scenes: Path, tmp_path: Path) -> None:
+def test_a_name_trains_as_the_methods_own_script(
+    teacher: SegmentationModel, scenes: Path, tmp_path: Path
+) -> None:
     save_model(teacher, tmp_path / "teacher.safetensors")
     common: dict[str, Any] = {
         "datadir": scenes,
@@ -185,9 +222,16 @@ def test_a_name_trains_as_the_methods_own_script(teacher: SegmentationModel, sce
     }
     TransKDBase.main(TransKDBase.Options(output_dir=tmp_path / "script", **common))
     distill.main(distill.Options(method="transkd_base", output_dir=tmp_path / "name", **common))
-    distill.main(distill.Options(method="skd", student_model="lvt", output_dir=tmp_path / "skd", **common))
-    a, b, lvt = (load_model(tmp_path / run / "student.safetensors") for run in ("script", "name", "skd"))
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    distill.main(
+        distill.Options(method="skd", student_model="lvt", output_dir=tmp_path / "skd", **common)
+    )
+    a, b, lvt = (
+        load_model(tmp_path / run / "student.safetensors") for run in ("script", "name", "skd")
+    )
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
     assert lvt.name == "lvt"
     assert '"pairwise"' in (tmp_path / "skd" / "metrics.jsonl").read_text()
     assert json.loads((tmp_path / "name" / "options.json").read_text())["method"] == "transkd_base"

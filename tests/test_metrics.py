@@ -115,7 +115,12 @@ def test_percent(fraction: float | None, text: str) -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.sets(st.integers(0, 19), min_size=1))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.sets(st.integers(0, 19), min_size=1),
+)
 def test_iou_equals_a_naive_count(seed: int, height: int, width: int, occurring: set[int]) -> None:
     """Pixel by pixel, for any size and any set of classes."""
     rng = np.random.default_rng(seed)
@@ -123,7 +128,11 @@ def test_iou_equals_a_naive_count(seed: int, height: int, width: int, occurring:
     matrix = ConfusionMatrix(CITYSCAPES)
     matrix.update(torch.from_numpy(prediction), torch.from_numpy(truth))
     for k in range(19):
-        counted = [(t, p) for t, p in zip(truth.ravel(), prediction.ravel(), strict=True) if t != 19]
+        counted = [
+            (t, p) for t, p in zip(truth.ravel(), prediction.ravel(), strict=True) if t != 19
+        ]
         both = sum(t == p == k for t, p in counted)
         either = sum(k in (t, p) for t, p in counted)
-        assert matrix.iou[k].item() == pytest.approx(both / either if either else float("nan"), nan_ok=True)
+        assert matrix.iou[k].item() == pytest.approx(
+            both / either if either else float("nan"), nan_ok=True
+        )

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cli import UserError
 from datasets.classes import CITYSCAPES
+from errors import UserError
 from models import create_model
 from models.distillation import Distiller
 from models.distillation.csf import SelectiveKernelFusion
@@ -49,14 +49,21 @@ def test_a_batch_is_its_images() -> None:
     """In evaluation an image's prediction does not depend on its neighbours."""
     images = torch.rand(3, 3, 64, 96)
     with torch.inference_mode():
-        together, apart = MODEL(images).logits, torch.cat([MODEL(image[None]).logits for image in images])
+        together, apart = (
+            MODEL(images).logits,
+            torch.cat([MODEL(image[None]).logits for image in images]),
+        )
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
 
 
 def test_the_teacher_is_only_held() -> None:
     """It moves with the distiller, and is neither trained nor saved, nor put into training mode."""
     teacher = create_model("segformer_b1")
-    distiller = Distiller(create_model("segformer_b0"), CITYSCAPES.weights, teacher=teacher).double().train()
+    distiller = (
+        Distiller(create_model("segformer_b0"), CITYSCAPES.weights, teacher=teacher)
+        .double()
+        .train()
+    )
     assert next(teacher.parameters()).dtype == torch.float64
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert not any(key.startswith("teacher") for key in distiller.state_dict())
@@ -65,7 +72,12 @@ def test_the_teacher_is_only_held() -> None:
 
 def test_narrow_teacher() -> None:
     with pytest.raises(UserError, match="segformer_b0 is narrower than the student segformer_b2"):
-        Distiller(create_model("segformer_b2"), None, teacher=create_model("segformer_b0"), fusion=nn.Identity())
+        Distiller(
+            create_model("segformer_b2"),
+            None,
+            teacher=create_model("segformer_b0"),
+            fusion=nn.Identity(),
+        )
 
 
 def test_unknown_model() -> None:
@@ -113,7 +125,9 @@ def test_a_frozen_network_is_settled_once(name: str, bf16: bool) -> None:
         before = network(images)
         settle(network, bf16=bf16)
         after = network(images)
-    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(before), tree_leaves(after), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tree_leaves(before), tree_leaves(after), strict=True)
+    )
     rounded = sum(p.numel() for p in network.parameters() if p.dtype == torch.bfloat16)
     of_blocks = sum(p.numel() for key, p in network.named_parameters() if "block" in key)
     assert rounded > 0.9 * of_blocks if bf16 else rounded == 0
@@ -127,7 +141,9 @@ def test_a_frozen_network_is_settled_once(name: str, bf16: bool) -> None:
 def test_a_step_is_one_graph(method: str) -> None:
     """As `--compile` and CUDA graphs need it, and its losses and gradients are those of a plain step."""
     torch.manual_seed(0)
-    distiller = METHODS[method](create_model("segformer_b0"), create_model("segformer_b1"), None, Settings()).train()
+    distiller = METHODS[method](
+        create_model("segformer_b0"), create_model("segformer_b1"), None, Settings()
+    ).train()
     distiller.requires_grad_(False)
     weight = distiller.student.linear_pred.weight.requires_grad_()
     for module in distiller.modules():
@@ -136,7 +152,10 @@ def test_a_step_is_one_graph(method: str) -> None:
     settle(distiller.teacher, bf16=False)
     batch = torch.rand(2, 3, 64, 64), torch.randint(0, 19, (2, 16, 16))
     found = []
-    for step in (distiller, torch.compile(distiller, backend="aot_eager", fullgraph=True, dynamic=False)):
+    for step in (
+        distiller,
+        torch.compile(distiller, backend="aot_eager", fullgraph=True, dynamic=False),
+    ):
         losses = step(*batch)
         (gradient,) = torch.autograd.grad(sum(losses.values()), weight)
         found.append((losses, gradient))
@@ -150,7 +169,11 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
-        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+        if func in (
+            torch.ops.aten.clone.default,
+            torch.ops.aten.copy_.default,
+            torch.ops.aten._to_copy.default,
+        ):
             self.elements += result.numel()
         return result
 
@@ -158,7 +181,10 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["segformer_b0", "pvt_v2_b0"])
 def test_tokens_and_maps_are_the_same_memory(name: str) -> None:
     """From the image to the last stage nothing is copied into another order."""
-    network, images = create_model(name).eval(), torch.rand(2, 3, 64, 128).contiguous(memory_format=torch.channels_last)
+    network, images = (
+        create_model(name).eval(),
+        torch.rand(2, 3, 64, 128).contiguous(memory_format=torch.channels_last),
+    )
     with torch.no_grad(), Copies() as copies:
         features, _ = network.encode(images)
     assert copies.elements == 0
@@ -197,7 +223,9 @@ def test_one_squeeze_for_all_processes() -> None:
         assert used == {squeeze}
 
 
-@pytest.mark.parametrize("shape", [(2, 1024, 48), (16, 80, 32), (1, 100, 32), (3, 17, 24), (2, 5, 160, 40)])
+@pytest.mark.parametrize(
+    "shape", [(2, 1024, 48), (16, 80, 32), (1, 100, 32), (3, 17, 24), (2, 5, 160, 40)]
+)
 def test_linear_by_convolution(shape: tuple[int, ...]) -> None:
     """The same product and gradients as F.linear, also of a view with other strides, and where it falls back on it."""
     torch.manual_seed(0)
@@ -209,7 +237,9 @@ def test_linear_by_convolution(shape: tuple[int, ...]) -> None:
     theirs = F.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(
-        torch.autograd.grad(ours, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream), strict=True
+        torch.autograd.grad(ours, wanted, upstream),
+        torch.autograd.grad(theirs, wanted, upstream),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     convolved = "Convolution" in str(next(iter(ours.grad_fn.next_functions))[0].next_functions)

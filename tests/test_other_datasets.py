@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli import UserError
 from datasets import open_split
 from datasets.classes import CITYSCAPES, NYU40, VOC2012, colormap
+from errors import UserError
 from models import create_model, load_model, save_model
 from tests.conftest import Command
 from tests.test_training import SMALL, records
@@ -79,15 +79,33 @@ def test_a_list_that_names_what_is_not_there(nyu: Path) -> None:
 
 
 @pytest.mark.parametrize("dataset", ["NYUv2", "VOC2012"])
-def test_train_evaluate_and_render(dataset: str, nyu: Path, voc: Path, command: Command, tmp_path: Path) -> None:
+def test_train_evaluate_and_render(
+    dataset: str, nyu: Path, voc: Path, command: Command, tmp_path: Path
+) -> None:
     root, classes = (nyu, NYU40) if dataset == "NYUv2" else (voc, VOC2012)
-    flags = ("--dataset", dataset, "--datadir", root, "--output-dir", tmp_path / "run", "--max-steps", 2)
+    flags = (
+        "--dataset",
+        dataset,
+        "--datadir",
+        root,
+        "--output-dir",
+        tmp_path / "run",
+        "--max-steps",
+        2,
+    )
     done = command("train/student.py", *flags, *SMALL)
     assert done.returncode == 0, done.stderr
     weights = tmp_path / "run" / "student.safetensors"
     assert load_model(weights).num_classes == classes.num_outputs
     common = ("--datadir", root, "--weights", weights, "--height", 64, "--num-workers", 0)
-    done = command(f"eval/eval_{dataset}_iou.py", *common, "--json", tmp_path / "iou.json", "--protocol", "full")
+    done = command(
+        f"eval/eval_{dataset}_iou.py",
+        *common,
+        "--json",
+        tmp_path / "iou.json",
+        "--protocol",
+        "full",
+    )
     assert done.returncode == 0, done.stderr
     assert list(json.loads((tmp_path / "iou.json").read_text())["per_class"]) == list(classes.names)
     done = command(f"eval/eval_{dataset}_color.py", *common, "--output-dir", tmp_path / "colour")

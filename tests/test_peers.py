@@ -21,7 +21,7 @@ from transformers import (
     SegformerModel,
 )
 
-from cli import UserError
+from errors import UserError
 from models import create_model, load_backbone, load_model
 from models.layouts.huggingface import from_huggingface, huggingface_shape, to_huggingface
 from models.segformer import CONFIGS, SegFormer
@@ -37,7 +37,11 @@ def huggingface_config(name: str, num_classes: int) -> SegformerConfig:
 def with_segformers_eps(peer: nn.Module) -> nn.Module:
     """Every LayerNorm of theirs has eps 1e-5; SegFormer's blocks and stages have 1e-6."""
     for name, module in peer.named_modules():
-        if isinstance(module, nn.LayerNorm) and "patch_embeddings" not in name and "sequence_reduction" not in name:
+        if (
+            isinstance(module, nn.LayerNorm)
+            and "patch_embeddings" not in name
+            and "sequence_reduction" not in name
+        ):
             module.eps = 1e-6
     return peer
 
@@ -61,7 +65,9 @@ def write_folder(model: SegFormer, folder: Path) -> Path:
     return folder
 
 
-def difference(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> float:
+def difference(
+    ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], dtype: torch.dtype
+) -> float:
     """Largest difference of the logits, relative to the largest logit."""
     images = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     with torch.no_grad():
@@ -94,7 +100,10 @@ def test_ours_loads_huggingface(name: str, num_classes: int, tmp_path: Path) -> 
     assert (ours.name, ours.num_classes, ours.training) == (name, num_classes, False)
     assert_same(ours, theirs)
     from_file = load_model(tmp_path / "model.safetensors").state_dict()
-    assert all(torch.equal(from_file[key], value.to(from_file[key])) for key, value in ours.state_dict().items())
+    assert all(
+        torch.equal(from_file[key], value.to(from_file[key]))
+        for key, value in ours.state_dict().items()
+    )
 
 
 def test_eps_is_the_only_difference(tmp_path: Path) -> None:
@@ -115,7 +124,9 @@ def test_encoders_of_huggingface_start_a_backbone(kind: type, tmp_path: Path) ->
     assert torch.equal(ours.linear_pred.weight, head)
     images = torch.rand(SIZES[1])
     with torch.no_grad():
-        expected = getattr(with_segformers_eps(theirs), "segformer", theirs)(images).last_hidden_state
+        expected = getattr(with_segformers_eps(theirs), "segformer", theirs)(
+            images
+        ).last_hidden_state
         actual = ours.eval()(images, logits=False).features[-1]
     assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
     with pytest.raises(UserError, match="without a decode head"):
@@ -159,8 +170,12 @@ def test_unfit_huggingface_files_are_refused_by_name(tmp_path: Path) -> None:
     state = to_huggingface(create_model("segformer_b0").state_dict())
     lost = "segformer.encoder.block.0.1.attention.self.value.weight"
     path = tmp_path / "model.safetensors"
-    save_file({k: v for k, v in state.items() if k != lost} | {"decode_head.extra": torch.zeros(1)}, path)
-    with pytest.raises(UserError, match=r"missing: block1\.1\.attn\.kv\.weight.*unknown: .*decode_head\.extra"):
+    save_file(
+        {k: v for k, v in state.items() if k != lost} | {"decode_head.extra": torch.zeros(1)}, path
+    )
+    with pytest.raises(
+        UserError, match=r"missing: block1\.1\.attn\.kv\.weight.*unknown: .*decode_head\.extra"
+    ):
         load_model(tmp_path)
     save_file(state | {lost: torch.zeros(16, 32)}, path)
     with pytest.raises(UserError, match=r"missing: block1\.1\.attn\.kv\.weight"):
@@ -182,7 +197,9 @@ def pvt_v2() -> Iterator[ModuleType]:
         if importlib.util.find_spec("torchvision") is None:
             for name in names:
                 patch.setitem(sys.modules, f"torchvision{name}", MagicMock())
-        yield pytest.importorskip("timm.models.pvt_v2", reason="timm is missing; make test installs it")
+        yield pytest.importorskip(
+            "timm.models.pvt_v2", reason="timm is missing; make test installs it"
+        )
 
 
 @torch.no_grad()
@@ -192,7 +209,9 @@ def assert_same_features(ours: nn.Module, theirs: nn.Module) -> None:
         for shape in SIZES:
             images = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
             actual = ours.to(dtype).encode(images)[0]
-            expected = theirs.to(dtype).eval().forward_intermediates(images, intermediates_only=True)
+            expected = (
+                theirs.to(dtype).eval().forward_intermediates(images, intermediates_only=True)
+            )
             for a, b in zip(actual, expected, strict=True):
                 assert (a - b).abs().max() < tolerance * b.abs().max()
 
@@ -202,7 +221,11 @@ def test_ours_loads_timm(pvt_v2: ModuleType, tmp_path: Path) -> None:
     theirs = randomise(pvt_v2.pvt_v2_b0())
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     ours = create_model("pvt_v2_b0").eval()
-    head = {key: value.clone() for key, value in ours.state_dict().items() if not key.startswith("backbone.")}
+    head = {
+        key: value.clone()
+        for key, value in ours.state_dict().items()
+        if not key.startswith("backbone.")
+    }
     assert load_backbone(ours, tmp_path) is False
     assert all(torch.equal(ours.state_dict()[key], value) for key, value in head.items())
     assert_same_features(ours, theirs)
@@ -213,7 +236,11 @@ def test_ours_loads_timm(pvt_v2: ModuleType, tmp_path: Path) -> None:
 def test_timm_loads_the_official_layout(pvt_v2: ModuleType) -> None:
     """The file as PVTv2's authors name it, through timm's own conversion."""
     ours = seed(create_model("pvt_v2_b2")).eval()
-    official = {k.removeprefix("backbone."): v for k, v in ours.state_dict().items() if k.startswith("backbone.")}
+    official = {
+        k.removeprefix("backbone."): v
+        for k, v in ours.state_dict().items()
+        if k.startswith("backbone.")
+    }
     theirs = pvt_v2.pvt_v2_b2(num_classes=0)
     theirs.load_state_dict(pvt_v2.checkpoint_filter_fn(official, theirs))
     assert_same_features(ours, theirs)
@@ -222,5 +249,7 @@ def test_timm_loads_the_official_layout(pvt_v2: ModuleType) -> None:
 def test_other_pvts_of_timm_are_refused(pvt_v2: ModuleType, tmp_path: Path) -> None:
     """PVTv2-B2-Li pools where B2 reduces by a convolution."""
     torch.save(pvt_v2.pvt_v2_b2_li().state_dict(), tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"does not fit pvt_v2_b2 .*attn\.sr\.weight \(64, 64, 1, 1\) instead of"):
+    with pytest.raises(
+        UserError, match=r"does not fit pvt_v2_b2 .*attn\.sr\.weight \(64, 64, 1, 1\) instead of"
+    ):
         load_backbone(create_model("pvt_v2_b2"), tmp_path / "w.pth")

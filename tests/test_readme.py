@@ -21,9 +21,23 @@ from tests.conftest import ROOT, Command, free_port
 
 README = (ROOT / "README.md").read_text()
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
-COMMANDS = [line.split("#")[0].strip() for line in BASH.splitlines() if line.startswith(("python ", "torchrun "))]
+COMMANDS = [
+    line.split("#")[0].strip()
+    for line in BASH.splitlines()
+    if line.startswith(("python ", "torchrun "))
+]
 COMMANDS += [f"python {words}" for words in re.findall(r"`python (-m [^`]*)`", README)]
-TRAINING = ("--height", 64, "--num-workers", 0, "--batch-size", 2, "--max-steps", 1, "--no-tensorboard")
+TRAINING = (
+    "--height",
+    64,
+    "--num-workers",
+    0,
+    "--batch-size",
+    2,
+    "--max-steps",
+    1,
+    "--no-tensorboard",
+)
 EVALUATION = ("--height", 64, "--num-workers", 0)
 
 
@@ -31,7 +45,18 @@ EVALUATION = ("--height", 64, "--num-workers", 0)
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with an ImageNet checkpoint in its place, so that nothing is written into this one."""
     root = tmp_path_factory.mktemp("checkout")
-    for name in ("cli.py", "demo.py", "datasets", "eval", "models", "train", "ckpt_pretrained", "outputs"):
+    for name in (
+        "cli.py",
+        "errors.py",
+        "files.py",
+        "demo.py",
+        "datasets",
+        "eval",
+        "models",
+        "train",
+        "ckpt_pretrained",
+        "outputs",
+    ):
         source = ROOT / name
         if source.is_file():
             shutil.copy(source, root)
@@ -39,9 +64,15 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(
                 source,
                 root / name,
-                ignore=lambda _, names: [n for n in names if not n.endswith((".py", ".md", ".toml")) and "." in n],
+                ignore=lambda _, names: [
+                    n for n in names if not n.endswith((".py", ".md", ".toml")) and "." in n
+                ],
             )
-    encoder = {k: v for k, v in create_model("segformer_b2").state_dict().items() if not k.startswith("linear_")}
+    encoder = {
+        k: v
+        for k, v in create_model("segformer_b2").state_dict().items()
+        if not k.startswith("linear_")
+    }
     classifier = {"head.weight": torch.zeros(1000, 512), "head.bias": torch.zeros(1000)}
     torch.save(encoder | classifier, root / "ckpt_pretrained" / "mit_b2.pth")
     return root
@@ -60,7 +91,9 @@ def things_at_hand(checkout: Path, scenes: Path, weathers: Path) -> None:
     archives = {"leftImg8bit_trainvaltest": scenes, "gtFine_trainvaltest": scenes}
     archives |= {"rgb_anon_trainvaltest": weathers, "gt_trainval": weathers}
     for name, root in archives.items():
-        shutil.make_archive(str(checkout / "DOWNLOADS" / name), "zip", root, name.rpartition("_")[0])
+        shutil.make_archive(
+            str(checkout / "DOWNLOADS" / name), "zip", root, name.rpartition("_")[0]
+        )
     for subset in ("train", "val", "test"):
         for kind, picture in (
             ("", Image.effect_noise((96, 72), 50).convert("RGB")),
@@ -95,12 +128,16 @@ def test_commands(checkout: Path, command: Command, scenes: Path, weathers: Path
             more = ("--dry-run",)
         nodes = [words]
         if "--node-rank" in words:
-            words.insert(2, f"--master-port={free_port()}")  # somebody else's run may have the usual one
+            words.insert(
+                2, f"--master-port={free_port()}"
+            )  # somebody else's run may have the usual one
             second = list(words)
             second[words.index("--node-rank") + 1] = "1"
             nodes.append(second)
         with ThreadPoolExecutor() as pool:
-            for done in pool.map(lambda words, more=more: command(*words, *more, cwd=checkout), nodes):
+            for done in pool.map(
+                lambda words, more=more: command(*words, *more, cwd=checkout), nodes
+            ):
                 assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert len(list((checkout / "colour" / "leftImg8bit").rglob("*.png"))) == 4
     assert len(list((checkout / "colour" / "rgb_anon").rglob("*.png"))) == 4
@@ -113,24 +150,43 @@ def test_commands(checkout: Path, command: Command, scenes: Path, weathers: Path
 
 def test_python_block(checkout: Path, command: Command, tmp_path: Path) -> None:
     """The few lines that load a trained network."""
-    block = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "load_model" in block)
+    block = next(
+        block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "load_model" in block
+    )
     path = tmp_path / "student.pth"
     torch.save(create_model("segformer_b0").state_dict(), path)
     block = re.sub(r'load_model\(".*?"\)', f"load_model({str(path)!r})", block)
-    script = f"import torch\nimages = torch.rand(2, 3, 65, 130)\n{block}\nprint(tuple(logits.shape))"
+    script = (
+        f"import torch\nimages = torch.rand(2, 3, 65, 130)\n{block}\nprint(tuple(logits.shape))"
+    )
     done = command("-c", script, cwd=checkout)
     assert done.stdout.strip() == "(2, 20, 17, 33)", done.stderr
 
 
 def test_make_runs_what_the_readme_says() -> None:
-    plan = subprocess.run(["make", "-n", "demo", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    plan = subprocess.run(
+        ["make", "-n", "demo", "test"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert "demo.py" in plan and "pytest" in plan
 
 
 @pytest.mark.slow
 def test_demo(checkout: Path, command: Command, tmp_path: Path) -> None:
     """`make demo`, at a size that says nothing about quality."""
-    small = ("--scenes", 6, "--subset-every", 3, "--val", 4, "--height", 64, "--pictures", 2, "--batch-size", 2)
+    small = (
+        "--scenes",
+        6,
+        "--subset-every",
+        3,
+        "--val",
+        4,
+        "--height",
+        64,
+        "--pictures",
+        2,
+        "--batch-size",
+        2,
+    )
     flags = (*small, "--teacher-epochs", 1, "--student-epochs", 2, "--output-dir", tmp_path)
     done = command("demo.py", *flags, cwd=checkout)
     assert done.returncode == 0, done.stderr
@@ -146,7 +202,9 @@ def test_environment_is_the_pinned_one() -> None:
     assert environment["channels"] == ["conda-forge", "nodefaults"]
     assert conda == ["python=3.11", "pip"] and pip == {"pip": ["-r requirements.txt"]}
     assert "Python 3.11" in (ROOT / "README.md").read_text()
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    lines = [
+        line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()
+    ]
     pins = [Requirement(line) for line in lines if line]
     assert {"torch", "numpy", "pillow"} <= {pin.name for pin in pins}
     for pin in pins:

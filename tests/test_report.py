@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cli import UserError
+from errors import UserError
 from eval.charts import bar_chart, confusion_chart, line_chart, thin
 from eval.examples import choose
 from eval.page import DARK, LIGHT, to_html
@@ -91,7 +91,16 @@ def test_page(tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)=["'](?!data:|#)|url\((?!#)|@import""", html)
     # summary: best, last, evaluated, steps, parameters
     text = re.sub(r"<[^>]*>", " ", html)
-    for word in ("40.00", "35.00", "52.00", "60.00 ", "3,719,284", "TransKDBase", "12.34", "teacher 61.0"):
+    for word in (
+        "40.00",
+        "35.00",
+        "52.00",
+        "60.00 ",
+        "3,719,284",
+        "TransKDBase",
+        "12.34",
+        "teacher 61.0",
+    ):
         assert word in text, word
     assert "A &lt; B" in html and "Few &lt;scenes&gt;" in html and "&lt;wall&gt;" in html
     # every mark says what it stands for, in its run's colour; an absent class has no bar
@@ -101,7 +110,9 @@ def test_page(tmp_path: Path) -> None:
         ("distilled &amp; more: 0.5 at step 6", 1),
         ("&lt;wall&gt;, teacher: 30 %", 2),
     ):
-        assert re.search(rf"<title>{mark}</title>((?!<title>).)*var\(--c{color}\)", html, re.DOTALL), mark
+        assert re.search(
+            rf"<title>{mark}</title>((?!<title>).)*var\(--c{color}\)", html, re.DOTALL
+        ), mark
     assert "road, alone: 35 %" in html and "&lt;wall&gt;, alone" not in html
     assert not re.search("|".join({*LIGHT.values(), *DARK.values()}), html.split("</style>", 1)[1])
     assert "Confusion matrix of alone: its evaluation has no counts" in text
@@ -143,12 +154,16 @@ def test_eval_json_goes_before_the_last_validation(tmp_path: Path) -> None:
 def test_an_evaluation_goes_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copied run shows its own weights, and no figures from before its training went on."""
     run = write_run(tmp_path / "copy", "student", [0.2, 0.4])
-    (run.folder / "options.json").write_text(json.dumps({"dataset": "cityscapes", "datadir": "x", "height": 64}))
+    (run.folder / "options.json").write_text(
+        json.dumps({"dataset": "cityscapes", "datadir": "x", "height": 64})
+    )
     save_model(create_model("segformer_b0"), run.folder / "student.safetensors", step=4)
     written = {"mean_iou": 0.3, "weights": str(tmp_path / "first" / "student.safetensors")}
     written |= {"subset": "test", "protocol": "full"}
     evaluated: list[tuple[Path | None, str, str]] = []
-    monkeypatch.setattr("eval.report.score", lambda _, o: evaluated.append((o.weights, o.subset, o.protocol)))
+    monkeypatch.setattr(
+        "eval.report.score", lambda _, o: evaluated.append((o.weights, o.subset, o.protocol))
+    )
     for step, mean, anew in ((4, 0.3, False), (None, 0.3, False), (2, 0.4, True)):
         (run.folder / "eval.json").write_text(json.dumps(written | {"step": step}))
         found = run.evaluation()
@@ -167,7 +182,9 @@ def test_damaged_records_are_left_out(tmp_path: Path) -> None:
     damage = b'\n[1, 2]\n7\n{"event": "val", "mean_iou": 0.9}\n{"event": "val", "step": 5, "mean_iou": "x"}\n'
     damage += b'{"step": 9}\n{"event": "start", "step": 0}\n\xff\xfe\x00\n\x00\x00\x00\x00\n'
     path.write_bytes(damage + path.read_bytes() + damage)
-    (run.folder / "eval.json").write_text('{"mean_iou": 0.3, "per_image": {"a": 0.3}}')  # of an unknown data set
+    (run.folder / "eval.json").write_text(
+        '{"mean_iou": 0.3, "per_image": {"a": 0.3}}'
+    )  # of an unknown data set
     assert run.curve("val", "mean_iou") == [(2, 0.2), (4, 0.4)]
     main(Options((run.folder,), tmp_path / "page.html"))
     text = (tmp_path / "page.html").read_text()
@@ -183,10 +200,24 @@ def test_command(scenes: Path, tmp_path: Path, command: Command) -> None:
         run = write_run(tmp_path / name, "student", [0.25], seed=seed)
         torch.manual_seed(seed)
         save_model(create_model("segformer_b0"), run.folder / "student.safetensors")
-        described = {"network": "student", "dataset": "cityscapes", "datadir": str(scenes), "height": 64, "seed": seed}
+        described = {
+            "network": "student",
+            "dataset": "cityscapes",
+            "datadir": str(scenes),
+            "height": 64,
+            "seed": seed,
+        }
         (run.folder / "options.json").write_text(json.dumps(described))
-    gone = {"dataset": "cityscapes", "datadir": "nowhere", "subset": "val", "height": 64, "weights": "gone"}
-    images = [path.relative_to(scenes).as_posix() for path in sorted(scenes.glob("leftImg8bit/val/*/*"))]
+    gone = {
+        "dataset": "cityscapes",
+        "datadir": "nowhere",
+        "subset": "val",
+        "height": 64,
+        "weights": "gone",
+    }
+    images = [
+        path.relative_to(scenes).as_posix() for path in sorted(scenes.glob("leftImg8bit/val/*/*"))
+    ]
     scores = {"mean_iou": 0.5, "per_class": {"road": 0.5}, "per_image": dict.fromkeys(images, 0.5)}
     (tmp_path / "third" / "eval.json").write_text(json.dumps(gone | scores))
 
@@ -198,15 +229,23 @@ def test_command(scenes: Path, tmp_path: Path, command: Command) -> None:
     page = Page((tmp_path / "page.html").read_text())
     text = re.sub(r"<[^>]*>", " ", (tmp_path / "page.html").read_text())
     first = json.loads((tmp_path / "first" / "eval.json").read_text())
-    assert set(first["per_image"]) == set(images) and first["weights"] == str(tmp_path / "first/student.safetensors")
-    assert "no folder nowhere" in text and "Confusion matrix of third" in text and "first, % of each true class" in text
+    assert set(first["per_image"]) == set(images) and first["weights"] == str(
+        tmp_path / "first/student.safetensors"
+    )
+    assert (
+        "no folder nowhere" in text
+        and "Confusion matrix of third" in text
+        and "first, % of each true class" in text
+    )
     panels = [str(image["alt"]) for image in page.all("img")]
-    titles = [[title.split(":")[0] for title in panels[i : i + 4]] for i in range(0, len(panels), 4)]
+    titles = [
+        [title.split(":")[0] for title in panels[i : i + 4]] for i in range(0, len(panels), 4)
+    ]
     assert titles == 2 * [["image", "truth", "first", "second"]]
     shown = [float(title.split(":")[1]) for title in panels if "first" in title]
-    assert shown[0] <= shown[1] and {f"{100 * score:.2f}" for score in first["per_image"].values()} >= {
-        f"{shown[0]:.2f}"
-    }
+    assert shown[0] <= shown[1] and {
+        f"{100 * score:.2f}" for score in first["per_image"].values()
+    } >= {f"{shown[0]:.2f}"}
     plots = {path.name for path in (tmp_path / "page_plots").iterdir()}
     assert plots == {
         *("miou.png", "loss_total.png", "loss_ce.png", "loss_hcl.png", "iou_per_class.png"),
@@ -227,8 +266,14 @@ def test_mistakes(tmp_path: Path) -> None:
         (Options((run.folder,), tmp_path), "is a folder"),
         (Options((run.folder,), Path()), "is a folder"),
         (Options((run.folder,), run.folder / "options.json"), "does not end in .html"),
-        (Options((run.folder,), tmp_path / "page.html", run.folder / "options.json"), "can't make the folder"),
-        (Options((run.folder,), evaluate=True), "has no dataset; evaluate this run by its IoU script"),
+        (
+            Options((run.folder,), tmp_path / "page.html", run.folder / "options.json"),
+            "can't make the folder",
+        ),
+        (
+            Options((run.folder,), evaluate=True),
+            "has no dataset; evaluate this run by its IoU script",
+        ),
     ):
         with pytest.raises(UserError, match=says):
             main(options)
@@ -251,12 +296,19 @@ def test_mistakes(tmp_path: Path) -> None:
 def test_an_evaluation_of_another_form(part: dict[str, Any], tmp_path: Path) -> None:
     """Half of it may be right: the key that is not is named."""
     run = write_run(tmp_path / "run", "student", [0.25])
-    whole = {"mean_iou": 0.3, "per_class": {"road": 0.3}, "per_image": {"a": None}, "confusion": [[1, 2]]}
+    whole = {
+        "mean_iou": 0.3,
+        "per_class": {"road": 0.3},
+        "per_image": {"a": None},
+        "confusion": [[1, 2]],
+    }
     (run.folder / "eval.json").write_text(json.dumps(whole))
     assert run.eval_json() == whole
     (run.folder / "eval.json").write_text(json.dumps(whole | part))
     (key,) = part
-    with pytest.raises(UserError, match=rf"eval\.json has no {key} as the IoU scripts write it; remove it"):
+    with pytest.raises(
+        UserError, match=rf"eval\.json has no {key} as the IoU scripts write it; remove it"
+    ):
         run.eval_json()
 
 
@@ -264,7 +316,10 @@ def test_worst_and_best_images() -> None:
     one = {"a": 0.1, "b": 0.9, "c": 0.5, "d": None, "e": 0.8}
     two = {"a": 0.9, "b": 0.9, "c": 0.2, "d": 0.0, "f": 0.0}
     assert choose([one], 2) == (["a", "c"], ["b", "e"])
-    assert choose([one, two], 1) == (["c"], ["b"])  # means 0.35 and 0.9; d, e and f are not scored by both
+    assert choose([one, two], 1) == (
+        ["c"],
+        ["b"],
+    )  # means 0.35 and 0.9; d, e and f are not scored by both
     assert choose([one, two], 2) == (["c", "a"], ["b"])  # an image is in one list only
     assert choose([one], 0) == ([], []) and choose([], 3) == ([], [])
 
@@ -278,7 +333,12 @@ def test_charts_show_what_there_is() -> None:
     lines = {"a": [(0, 0.0), (10, 50.0), (20, float("nan"))], "b": []}
     chart = line_chart("x", "X & Y", lines, colors, unit=" %", levels={"teacher": 60}, dots=True)
     assert chart is not None
-    assert marks(chart.svg()) == ["a: 50 % at step 10", "a, step 0: 0 %", "a, step 10: 50 %", "teacher"]
+    assert marks(chart.svg()) == [
+        "a: 50 % at step 10",
+        "a, step 0: 0 %",
+        "a, step 10: 50 %",
+        "teacher",
+    ]
     (axes,) = chart.figure.axes
     assert axes.get_xlim()[0] == 0 and axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 60
     assert 'aria-label="X &amp; Y"' in chart.svg()
@@ -292,7 +352,9 @@ def test_marks_keep_what_they_refer_to(width: float, height: float, color: int) 
     points = [(step, float(step)) for step in range(1, 5)]
     chart = line_chart("x", "X", {"a": points}, {"a": color}, dots=True, size=(width, height))
     assert chart is not None
-    names, used = (set(re.findall(pattern, chart.svg())) for pattern in (r' id="(.+?)"', r'(?:\(|")#(.+?)[)"]'))
+    names, used = (
+        set(re.findall(pattern, chart.svg())) for pattern in (r' id="(.+?)"', r'(?:\(|")#(.+?)[)"]')
+    )
     assert used and used == names
 
 
@@ -300,7 +362,10 @@ def test_many_runs_with_long_names(tmp_path: Path) -> None:
     """The ninth has the first one's colour, but not its line; no name is cut off at the picture's edge."""
     names = [f"{index}_{60 * 'x'}" for index in range(9)]
     chart = line_chart(
-        "x", "X", {name: [(0, 1.0), (1, 2.0)] for name in names}, dict(zip(names, range(9), strict=True))
+        "x",
+        "X",
+        {name: [(0, 1.0), (1, 2.0)] for name in names},
+        dict(zip(names, range(9), strict=True)),
     )
     assert chart is not None
     first, ninth = chart.marks[names[0]], chart.marks[names[8]]
@@ -312,7 +377,9 @@ def test_many_runs_with_long_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["_run", "run_$a_$"])
 def test_names_of_runs_stand_as_they_are(name: str, tmp_path: Path) -> None:
     charts = (
-        line_chart("line", name, {name: [(0, 1.0), (1, 2.0)]}, {name: 0}, levels={name: 1.0}, dots=True),
+        line_chart(
+            "line", name, {name: [(0, 1.0), (1, 2.0)]}, {name: 0}, levels={name: 1.0}, dots=True
+        ),
         bar_chart("bar", name, [name], {name: [1.0]}, {name: 0}),
     )
     for chart in charts:
@@ -328,11 +395,15 @@ def test_confusion_is_a_share_of_the_true_class(tmp_path: Path) -> None:
     chart = confusion_chart("x", "X", counts, ["road", "wall", "sky", "bus"])
     found = dict(mark.split(": ") for mark in marks(chart.svg()))
     assert list(found)[:4] == ["road as road", "road as sky", "road as wall", "road as ignore"]
-    assert found["road as road"] == "75.0 %" and found["sky as wall"] == found["sky as ignore"] == "25.0 %"
+    assert (
+        found["road as road"] == "75.0 %"
+        and found["sky as wall"] == found["sky as ignore"] == "25.0 %"
+    )
     assert len(found) == 8 and not any("bus" in name for name in found)
     before = chart.svg()
     assert (
-        chart.save(tmp_path) == tmp_path / "x.png" and Image.open(tmp_path / "x.png").getpixel((1, 1))[:3] == (255,) * 3
+        chart.save(tmp_path) == tmp_path / "x.png"
+        and Image.open(tmp_path / "x.png").getpixel((1, 1))[:3] == (255,) * 3
     )
     assert "Rectangle" not in before  # marks lose matplotlib's own names
 

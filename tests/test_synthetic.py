@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import cli
 from datasets.classes import CITYSCAPES
 from datasets.synthetic import Options, main, write_dataset
 from datasets.synthetic.canvas import Canvas
@@ -17,12 +16,15 @@ from datasets.synthetic.scene import draw_scene
 from datasets.synthetic.shading import Pixels
 from datasets.synthetic.street import Street
 from datasets.synthetic.weather import WEATHERS
+from errors import UserError
 
 COUNTS = {"train": 3, "val": 2, "height": 32, "width": 64}
 
 
 @cache
-def scene(number: int, weather: str = "clear", height: int = 64, width: int = 128) -> tuple[np.ndarray, np.ndarray]:
+def scene(
+    number: int, weather: str = "clear", height: int = 64, width: int = 128
+) -> tuple[np.ndarray, np.ndarray]:
     return draw_scene(np.random.default_rng([7, number]), height, width, weather)
 
 
@@ -75,7 +77,9 @@ def test_colour_alone_does_not_tell_the_classes_apart():
 
 
 def test_the_same_scene_looks_different_in_every_weather():
-    looks = {weather: np.mean([scene(i, weather)[0].mean() for i in range(6)]) for weather in WEATHERS}
+    looks = {
+        weather: np.mean([scene(i, weather)[0].mean() for i in range(6)]) for weather in WEATHERS
+    }
     assert looks["night"] < 0.9 * looks["rain"] and looks["rain"] < 0.8 * looks["fog"]
     assert looks["night"] < 0.75 * looks["clear"]
     for i in range(3):
@@ -90,7 +94,9 @@ def test_fog_swallows_what_is_far():
     pixels = Pixels(c)
     pixels.shade()
     seen, distance = pixels.labels != IGNORE, np.abs(pixels.colour - c.air).mean(axis=2)
-    near, middle, far = (distance[seen & (pixels.z > a) & (pixels.z < b)] for a, b in ((5, 10), (30, 50), (70, 131)))
+    near, middle, far = (
+        distance[seen & (pixels.z > a) & (pixels.z < b)] for a, b in ((5, 10), (30, 50), (70, 131))
+    )
     assert near.mean() > 1.5 * middle.mean() > 3 * far.mean()
     assert far.max() < 1.2 * np.exp(-c.fog * 70)
 
@@ -103,7 +109,9 @@ def test_a_pole_is_as_deep_and_as_tall_as_it_was_put():
     rows, columns = np.nonzero(pixels.labels == POLE)
     np.testing.assert_allclose(pixels.z[rows, columns], 10, rtol=1e-5)
     assert np.ptp(rows) == pytest.approx(c.focal * 2.0 / 10, abs=2)
-    assert pixels.v[rows.max(), columns[0]] == pytest.approx(0, abs=0.05)  # its foot is on the ground
+    assert pixels.v[rows.max(), columns[0]] == pytest.approx(
+        0, abs=0.05
+    )  # its foot is on the ground
     assert pixels.v[rows.min(), columns[0]] == pytest.approx(2, abs=0.05)
 
 
@@ -111,7 +119,10 @@ def test_cityscapes_layout_pairs_and_repeats(tmp_path):
     root = write_dataset(tmp_path / "a", **COUNTS)
     drawn = files(root)
     images = {name for name in drawn if name.startswith("leftImg8bit/")}
-    wanted = {n.replace("leftImg8bit/", "gtFine/").replace("leftImg8bit.", "gtFine_labelTrainIds.") for n in images}
+    wanted = {
+        n.replace("leftImg8bit/", "gtFine/").replace("leftImg8bit.", "gtFine_labelTrainIds.")
+        for n in images
+    }
     assert set(drawn) - images == wanted
     assert [sum(f"/{split}/" in name for name in images) for split in ("train", "val")] == [3, 2]
     assert "leftImg8bit/val/hafen/hafen_000001_000019_leftImg8bit.png" in images
@@ -121,21 +132,30 @@ def test_cityscapes_layout_pairs_and_repeats(tmp_path):
 
     more = files(write_dataset(tmp_path / "b", **COUNTS | {"train": 5}, workers=2))
     assert drawn.items() <= more.items()  # neither other counts nor processes change a scene
-    assert drawn.items().isdisjoint(files(write_dataset(tmp_path / "c", **COUNTS | {"seed": 1})).items())
+    assert drawn.items().isdisjoint(
+        files(write_dataset(tmp_path / "c", **COUNTS | {"seed": 1})).items()
+    )
 
 
 def test_acdc_layout(tmp_path):
     drawn = files(write_dataset(tmp_path, "ACDC", **COUNTS))
     assert len(drawn) == 2 * 4 * 5
     assert len({Path(name).name for name in drawn}) == len(drawn)
-    for drive, condition in (("GOPR1001", "fog"), ("GOPR2001", "night"), ("GOPR3001", "rain"), ("GOPR4001", "snow")):
+    for drive, condition in (
+        ("GOPR1001", "fog"),
+        ("GOPR2001", "night"),
+        ("GOPR3001", "rain"),
+        ("GOPR4001", "snow"),
+    ):
         assert f"rgb_anon/{condition}/train/{drive}/{drive}_frame_000041_rgb_anon.png" in drawn
         assert f"gt/{condition}/train/{drive}/{drive}_frame_000041_gt_labelTrainIds.png" in drawn
 
 
 def test_label_ids_say_the_same_as_train_ids(tmp_path):
     name = "gtFine/train/altstadt/altstadt_000000_000019_gtFine_"
-    train_ids = np.asarray(Image.open(write_dataset(tmp_path / "a", **COUNTS) / f"{name}labelTrainIds.png"))
+    train_ids = np.asarray(
+        Image.open(write_dataset(tmp_path / "a", **COUNTS) / f"{name}labelTrainIds.png")
+    )
     root = write_dataset(tmp_path / "b", **COUNTS, label_ids=True)
     label_ids = np.asarray(Image.open(root / f"{name}labelIds.png"))
     assert not list(root.rglob("*TrainIds*"))
@@ -145,11 +165,17 @@ def test_label_ids_say_the_same_as_train_ids(tmp_path):
 
 
 def test_the_command_passes_every_option_on(tmp_path, capsys):
-    options = Options(tmp_path, "ACDC", train=1, val=0, height=32, width=48, seed=5, label_ids=True, workers=1)
+    options = Options(
+        tmp_path, "ACDC", train=1, val=0, height=32, width=48, seed=5, label_ids=True, workers=1
+    )
     main(options)
     drawn = files(tmp_path)
-    assert len(drawn) == 8 and all(name.endswith(("rgb_anon.png", "gt_labelIds.png")) for name in drawn)
-    image = np.asarray(Image.open(tmp_path / "rgb_anon/snow/train/GOPR4001/GOPR4001_frame_000041_rgb_anon.png"))
+    assert len(drawn) == 8 and all(
+        name.endswith(("rgb_anon.png", "gt_labelIds.png")) for name in drawn
+    )
+    image = np.asarray(
+        Image.open(tmp_path / "rgb_anon/snow/train/GOPR4001/GOPR4001_frame_000041_rgb_anon.png")
+    )
     seed = (5, 0, WEATHERS.index("snow"), 0)
     np.testing.assert_array_equal(image, draw_scene(np.random.default_rng(seed), 32, 48, "snow")[0])
     assert "4 scenes, 4 of them new" in capsys.readouterr().out
@@ -166,17 +192,19 @@ def test_a_second_call_draws_what_lacks_and_other_settings_are_refused(tmp_path)
     # nor is the note touched: another process that reads it meanwhile would find half of it
     assert files(root) == before and (kept.stat().st_mtime_ns, note.stat().st_mtime_ns) == written
     assert json.loads(note.read_text())["train"] == 3
-    with pytest.raises(cli.UserError, match="something else"):
+    with pytest.raises(UserError, match="something else"):
         write_dataset(root, **COUNTS | {"seed": 1})
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").write_text("")
-    with pytest.raises(cli.UserError, match="something else"):
+    with pytest.raises(UserError, match="something else"):
         write_dataset(tmp_path / "b", **COUNTS)
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("wrong", [{"height": 8}, {"train": -1}, {"workers": 0}, {"dataset": "camvid"}])
+@pytest.mark.parametrize(
+    "wrong", [{"height": 8}, {"train": -1}, {"workers": 0}, {"dataset": "camvid"}]
+)
 def test_senseless_settings_are_refused(tmp_path, wrong):
-    with pytest.raises(cli.UserError, match="choose"):
+    with pytest.raises(UserError, match="choose"):
         write_dataset(tmp_path / "a", **COUNTS | wrong)
     assert not (tmp_path / "a").exists()

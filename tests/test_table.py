@@ -16,11 +16,22 @@ from types import SimpleNamespace
 import pytest
 
 import cli
-from cli import UserError
 from datasets.synthetic import write_dataset
+from errors import UserError
 from models import create_model, save_model
 from train import table
-from train.grid import GRIDS, Job, Row, digest, plan, read_grid, seeds_on_disk, split_facts, with_teacher, words
+from train.grid import (
+    GRIDS,
+    Job,
+    Row,
+    digest,
+    plan,
+    read_grid,
+    seeds_on_disk,
+    split_facts,
+    with_teacher,
+    words,
+)
 from train.options import ROOT
 from train.runner import Runner, Running, slots
 from train.table import Spread, Table, chosen, results, size_of
@@ -103,7 +114,9 @@ def test_grids_of_the_project(path: Path) -> None:
     }
     for job in jobs if path.stem == "cityscapes" else ():
         assert size_of(job).texts() == published[job.row.label.removeprefix("teacher, ")]
-    for job in (job for job in jobs if job.row.name == "cwd"):  # a 1×1 convolution, 256 to 512 channels on 16×32 pixels
+    for job in (
+        job for job in jobs if job.row.name == "cwd"
+    ):  # a 1×1 convolution, 256 to 512 channels on 16×32 pixels
         assert size_of(job).texts() == ["3.72 (3.85)", "13.67 (13.74)"]
 
 
@@ -111,11 +124,19 @@ def test_grids_of_the_project(path: Path) -> None:
     ("before", "after", "says"),
     [
         ("published", "publisched", "row 2 (student): unknown key publisched"),
-        ("published = 55.86", 'published = "much"', "row 2 (student): published is 'much'; it must be a number"),
+        (
+            "published = 55.86",
+            'published = "much"',
+            "row 2 (student): published is 'much'; it must be a number",
+        ),
         ("[0, 1]", "[0, 0]", "seeds is [0, 0]"),
         ("max-steps = 1", "seed = 1", "row 2 (student): seed is given by the table"),
         ('name = "TransKDBase"', 'name = "student"', "its name 'student' must be"),
-        ('teacher = "teacher"', 'teacher = "nobody"', "its teacher 'nobody' must be one of the rows above"),
+        (
+            'teacher = "teacher"',
+            'teacher = "nobody"',
+            "its teacher 'nobody' must be one of the rows above",
+        ),
         ('teacher = "teacher"', 'presets = ["fast"]', "there is no [presets.fast]"),
         ('baseline = "student"', 'baseline = "nobody"', "its baseline 'nobody' is no row"),
         ('script = "train/student.py"', "", "row 2 (student): it needs either a script or weights"),
@@ -124,21 +145,49 @@ def test_grids_of_the_project(path: Path) -> None:
         ("max-steps", "max-stepps", "row student: unrecognized options"),
         ("max-steps = 1", "max-steps = 1\nlr = -1", "row student: --lr is -1"),
         ("options = { height = 64,", "options = { hight = 64,", "evaluation: unrecognized options"),
-        ('name = "teacher"', 'name = "teacher"\nteacher = "x"', "row 1 (teacher): unknown key teacher"),
-        ('name = "teacher"', 'name = "teacher"\npresets = ["slow"]', "row 1 (teacher): unknown key presets"),
-        ("options = { height = 64,", 'options = { json = "x", height = 64,', "evaluation: json is given by the table"),
+        (
+            'name = "teacher"',
+            'name = "teacher"\nteacher = "x"',
+            "row 1 (teacher): unknown key teacher",
+        ),
+        (
+            'name = "teacher"',
+            'name = "teacher"\npresets = ["slow"]',
+            "row 1 (teacher): unknown key presets",
+        ),
+        (
+            "options = { height = 64,",
+            'options = { json = "x", height = 64,',
+            "evaluation: json is given by the table",
+        ),
         ("[[rows]]", "[[rows]", "is no TOML that can be read"),
         ("[0, 1]", "[0, -1]", "row student: seed -1 is out of range"),
         ("[options]", "[options]\nhelp = true", "row student: an option asks for help"),
-        ('teacher = "teacher"', 'presets = [["slow"]]', "row 3 (TransKDBase): there is no [presets.['slow']]"),
-        ("train/student.py", f"../{ROOT.name}/train/student.py", "row student: there is no script ../"),
+        (
+            'teacher = "teacher"',
+            'presets = [["slow"]]',
+            "row 3 (TransKDBase): there is no [presets.['slow']]",
+        ),
+        (
+            "train/student.py",
+            f"../{ROOT.name}/train/student.py",
+            "row student: there is no script ../",
+        ),
         ('name = "teacher"', 'name = "data"', "row 1: its name 'data' must be"),
         ('name = "teacher"', 'name = ".."', "row 1: its name '..' must be"),
         ('name = "teacher"', 'name = "student-seed0"', "row 1: its name 'student-seed0' must"),
         ('weights = "', f'weights = "{ROOT / "README.md"}" # "', "row teacher: "),
-        ("cityscapes_iou.py", "cityscapes_color.py", "evaluation: script is 'eval/eval_cityscapes_color.py'"),
+        (
+            "cityscapes_iou.py",
+            "cityscapes_color.py",
+            "evaluation: script is 'eval/eval_cityscapes_color.py'",
+        ),
         ("eval_cityscapes_iou.py", "eval_iou.py", "evaluation: eval/eval_iou.py needs a dataset"),
-        ("cityscapes_iou.py", "ACDC_iou.py", "row student: it is trained on cityscapes; eval/eval_ACDC_iou.py"),
+        (
+            "cityscapes_iou.py",
+            "ACDC_iou.py",
+            "row student: it is trained on cityscapes; eval/eval_ACDC_iou.py",
+        ),
     ],
 )
 def test_a_mistake_in_a_grid_is_one_line(
@@ -153,7 +202,14 @@ def test_a_mistake_in_a_grid_is_one_line(
 ) -> None:
     """It names the row, ends in exit code 2, and nothing is written."""
     (tmp_path / "grid.toml").write_text((folder / "grid.toml").read_text().replace(before, after))
-    flags = ["--grid", tmp_path / "grid.toml", "--datadir", scenes, "--output-dir", tmp_path / "runs"]
+    flags = [
+        "--grid",
+        tmp_path / "grid.toml",
+        "--datadir",
+        scenes,
+        "--output-dir",
+        tmp_path / "runs",
+    ]
     code, (out, err) = call_table(monkeypatch, *flags), capsys.readouterr()
     (line,) = err.splitlines()
     assert code == 2 and line.startswith("error: ") and says in line and not out
@@ -165,7 +221,10 @@ def test_any_data_set_can_be_evaluated(folder: Path) -> None:
     named = planned(
         folder,
         script=("eval_cityscapes_iou.py", "eval_iou.py"),
-        dataset=("options = { height = 64, num", 'options = { dataset = "cityscapes", height = 64, num'),
+        dataset=(
+            "options = { height = 64, num",
+            'options = { dataset = "cityscapes", height = 64, num',
+        ),
     )
     assert [job.dataset for job in named] == [job.dataset for job in planned(folder)]
     assert all(job.evaluation[1:3] == ["--dataset", "cityscapes"] for job in named)
@@ -193,14 +252,23 @@ def test_teachers(folder: Path, teacher_weights: Path) -> None:
     public = folder / "public"  # a folder, as Hugging Face's
     public.mkdir()
     shutil.copy(folder / "teacher.safetensors", public / "model.safetensors")
-    (job,) = {j.teacher for j in plan(with_teacher(grid, public), folder, folder / "runs") if j.teacher}
-    assert job.weights == public and job.source() == {"weights": digest(folder / "teacher.safetensors")}
-    assert [str(j) for j in chosen(one, ["TransKDBase"], [1])] == ["TransKDBase seed 1", "teacher seed 7"]
+    (job,) = {
+        j.teacher for j in plan(with_teacher(grid, public), folder, folder / "runs") if j.teacher
+    }
+    assert job.weights == public and job.source() == {
+        "weights": digest(folder / "teacher.safetensors")
+    }
+    assert [str(j) for j in chosen(one, ["TransKDBase"], [1])] == [
+        "TransKDBase seed 1",
+        "teacher seed 7",
+    ]
     with pytest.raises(UserError, match="no row is called 'nobody'"):
         chosen(one, ["nobody"], [0])
     with pytest.raises(UserError, match=r"holds segformer_b2, .* \(teacher is segformer_b0\)"):
         with_teacher(grid, teacher_weights)
-    grid = with_teacher(read_grid(Path("architectures")), teacher_weights)  # which has a PVTv2-B2 for a teacher too
+    grid = with_teacher(
+        read_grid(Path("architectures")), teacher_weights
+    )  # which has a PVTv2-B2 for a teacher too
     assert [name for name, row in grid.rows.items() if row.weights] == ["teacher"]
 
 
@@ -224,7 +292,9 @@ def test_what_a_folder_tells(folder: Path) -> None:
     assert split is not None
     saved = job.options.as_json() | {"data": split.identity}
     (job.folder / "options.json").write_text(json.dumps(saved))
-    (job.folder / "metrics.jsonl").write_text('{"event": "train", "epoch": 1, "step": 1}\n{"event": "val", "ep')
+    (job.folder / "metrics.jsonl").write_text(
+        '{"event": "train", "epoch": 1, "step": 1}\n{"event": "val", "ep'
+    )
     (job.folder / "last.pt").touch()
     assert job.standing() == "begun" and job.commands("begun")[0] == [*job.training, "--resume"]
     job.weights.touch()
@@ -234,7 +304,11 @@ def test_what_a_folder_tells(folder: Path) -> None:
     assert job.standing() == "trained" and job.commands("trained") == [job.evaluation]
     (job.folder / "eval.json").write_text('{"mean_iou": 0.5}')
     job.record(evaluated=True)
-    assert job.standing() == "finished" and not job.commands("finished") and job.score() == {"mean_iou": 0.5}
+    assert (
+        job.standing() == "finished"
+        and not job.commands("finished")
+        and job.score() == {"mean_iou": 0.5}
+    )
     write("val", 2)
     assert job.standing() == "trained"
     job.record(evaluated=True)
@@ -245,7 +319,9 @@ def test_what_a_folder_tells(folder: Path) -> None:
     assert job.standing() == "finished"
 
     def changed(before: str, after: str) -> Job:
-        return next(j for j in planned(folder, change=(before, after)) if str(j) == "student seed 0")
+        return next(
+            j for j in planned(folder, change=(before, after)) if str(j) == "student seed 0"
+        )
 
     assert changed("options = { height = 64", "options = { height = 96").standing() == "trained"
     assert changed("num-workers = 0", "num-workers = 1").standing() == "finished"
@@ -253,28 +329,41 @@ def test_what_a_folder_tells(folder: Path) -> None:
     assert changed("max-steps = 1", "max-steps = 2").standing() == "begun"
     (job.folder / "metrics.jsonl").write_text('{"event": "train", "epoch": 1, "step": 3}\n')
     other = changed("max-steps = 1", "max-steps = 2")
-    with pytest.raises(UserError, match=r"student seed 0 was trained for 3 steps instead of 2: remove .*student-seed0"):
+    with pytest.raises(
+        UserError,
+        match=r"student seed 0 was trained for 3 steps instead of 2: remove .*student-seed0",
+    ):
         other.standing()
     (job.folder / "options.json").write_text(json.dumps(saved | {"keep_steps": True}))
     kept = "max-steps = 9\nkeep-steps = true\nnum-epochs = "
     assert changed("max-steps = 1", f"{kept}3").standing() == "begun"
-    with pytest.raises(UserError, match="student seed 0 was trained for 3 steps instead of 2: remove"):
+    with pytest.raises(
+        UserError, match="student seed 0 was trained for 3 steps instead of 2: remove"
+    ):
         changed("max-steps = 1", f"{kept}2").standing()
     (job.folder / "options.json").write_text(json.dumps(saved))
     other = changed("batch-size = 2", "batch-size = 4")
     with pytest.raises(UserError, match=r"with batch_size 2 instead of 4: remove .*student-seed0"):
         other.standing()
-    assert other.score() is None  # a table never shows a figure under flags that it was not made with
+    assert (
+        other.score() is None
+    )  # a table never shows a figure under flags that it was not made with
     assert seeds_on_disk(read_grid(folder / "grid.toml"), folder / "runs") == {0}
     (job.folder / "options.json").write_text(json.dumps(saved | {"schedule": "step"}))
-    with pytest.raises(UserError, match="student seed 0 was trained with max_steps 1 instead of 2: remove"):
+    with pytest.raises(
+        UserError, match="student seed 0 was trained with max_steps 1 instead of 2: remove"
+    ):
         changed("max-steps = 1", 'max-steps = 2\nschedule = "step"').standing()
     (job.folder / "options.json").unlink()
-    with pytest.raises(UserError, match=r"student seed 0 was trained with options that nobody knows, options\.json"):
+    with pytest.raises(
+        UserError, match=r"student seed 0 was trained with options that nobody knows, options\.json"
+    ):
         job.standing()
     (job.folder / "options.json").write_text(json.dumps(saved))
     write("train", 2)
-    with pytest.raises(UserError, match=r"student seed 0 was trained on other data than .* holds now: remove"):
+    with pytest.raises(
+        UserError, match=r"student seed 0 was trained on other data than .* holds now: remove"
+    ):
         job.standing()
     for content in ("{}", "[]"):
         (job.folder / "done.json").write_text(content)
@@ -283,7 +372,11 @@ def test_what_a_folder_tells(folder: Path) -> None:
 
 
 def test_folders_that_are_none(
-    folder: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A grid's name is looked for among the project's, a path is not; a table's folder must be one."""
     with pytest.raises(UserError, match=r"no grid at nowhere/drawn\.toml"):
@@ -297,7 +390,10 @@ def test_folders_that_are_none(
 
 
 def test_other_scenes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A table that is finished is none of other scenes than those that were drawn for it."""
     text = (folder / "grid.toml").read_text().partition('[[rows]]\nname = "student"')[0]
@@ -319,7 +415,13 @@ def test_other_scenes(
 
 
 def fake(
-    folder: Path, name: str, seed: int = 0, *, code: str = "", teacher: Job | None = None, miou: float | str = 0.5
+    folder: Path,
+    name: str,
+    seed: int = 0,
+    *,
+    code: str = "",
+    teacher: Job | None = None,
+    miou: float | str = 0.5,
 ) -> Job:
     """A job whose training is a line of Python, and whose evaluation writes a figure."""
     run = folder / f"{name}-seed{seed}"
@@ -342,12 +444,21 @@ def fake(
     )
 
 
-def test_one_failure_does_not_lose_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_failure_does_not_lose_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is told with its log, its students don't start, the rest is run; what is done is not done again."""
     bad = fake(tmp_path, "bad", code="sys.exit('out of luck')")
-    jobs = [bad, fake(tmp_path, "student", teacher=bad), fake(tmp_path, "a", miou=0.25), fake(tmp_path, "a", 1)]
+    jobs = [
+        bad,
+        fake(tmp_path, "student", teacher=bad),
+        fake(tmp_path, "a", miou=0.25),
+        fake(tmp_path, "a", 1),
+    ]
     jobs.append(unmeasured := fake(tmp_path, "b", miou="null"))
-    jobs.append(killed := fake(tmp_path, "c", code="print('busy', flush=True); os.kill(os.getpid(), 9)"))
+    jobs.append(
+        killed := fake(tmp_path, "c", code="print('busy', flush=True); os.kill(os.getpid(), 9)")
+    )
     jobs.append(full := fake(tmp_path, "d"))
     full.log.mkdir(parents=True)
     calls = []
@@ -373,8 +484,13 @@ def test_how_far_a_training_is(tmp_path: Path) -> None:
     """It is told by its own records: those of the process before it stay in front of them."""
 
     def write(*records: tuple[str, int, int]) -> None:
-        lines = [{"event": event, "step": step, "time": t, "total_steps": 100 * t} for event, step, t in records]
-        (job.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines = [
+            {"event": event, "step": step, "time": t, "total_steps": 100 * t}
+            for event, step, t in records
+        ]
+        (job.folder / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
 
     job, process = fake(tmp_path, "a"), SimpleNamespace(poll=lambda: None)
     job.folder.mkdir()
@@ -386,11 +502,15 @@ def test_how_far_a_training_is(tmp_path: Path) -> None:
     write(*before)
     one.look()
     assert str(one) == "a: starting" and one.estimate() is None
-    write(*before[:61], begin := ("start", 60, 2))  # what was logged after the checkpoint is dropped
+    write(
+        *before[:61], begin := ("start", 60, 2)
+    )  # what was logged after the checkpoint is dropped
     one.look()
     assert str(one) == "a: step 60/200" and one.estimate() is None
     one.started -= 10
-    write(*before[:61], begin, *(("train", 80, 2) for _ in range(2000)))  # its first record is out of sight
+    write(
+        *before[:61], begin, *(("train", 80, 2) for _ in range(2000))
+    )  # its first record is out of sight
     one.look()
     assert str(one) == "a: step 80/200"
     assert one.estimate() == pytest.approx((60.0, 100.0), rel=0.05)
@@ -416,7 +536,9 @@ def test_what_a_new_teacher_taught_is_due(tmp_path: Path) -> None:
     assert not runner.failed and (tmp_path / "order").read_text() == "first0 "
 
 
-def test_a_training_that_outlived_its_table_is_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_training_that_outlived_its_table_is_waited_for(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """It holds its folder's lock: nothing is started before it ends, and its run goes on."""
     job = fake(tmp_path, "a", code=f"assert os.path.exists({str(tmp_path / 'ended')!r})")
     job.folder.mkdir()
@@ -425,7 +547,9 @@ def test_a_training_that_outlived_its_table_is_waited_for(tmp_path: Path, capfd:
         "fcntl.lockf(lock, fcntl.LOCK_EX); print('held', flush=True); time.sleep(1); "
         f"pathlib.Path({str(tmp_path / 'ended')!r}).touch()"
     )
-    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         assert job.locked
         runner = Runner([job], [{}], lambda failed: None)
@@ -466,13 +590,22 @@ def test_spread() -> None:
     assert Spread.of([3.0]) == Spread(3.0, None, 1)
     values = [26.9, 27.6, 27.0]
     spread = Spread.of(values)
-    assert spread is not None and spread.text() == "27.17 ± 0.38" and spread.text("+") == "+27.17 ± 0.38"
+    assert (
+        spread is not None
+        and spread.text() == "27.17 ± 0.38"
+        and spread.text("+") == "+27.17 ± 0.38"
+    )
 
 
 def test_the_table(folder: Path, tmp_path: Path) -> None:
     """A gain is over the same seed's baseline; a data set with conditions has a table of its own for them."""
     jobs = plan(read_grid(folder / "grid.toml"), folder / "none", tmp_path)
-    scores = {"student seed 0": 0.10, "student seed 1": 0.30, "TransKDBase seed 1": 0.35, "teacher": 0.5}
+    scores = {
+        "student seed 0": 0.10,
+        "student seed 1": 0.30,
+        "TransKDBase seed 1": 0.35,
+        "teacher": 0.5,
+    }
     for job in jobs:
         job.folder.mkdir(exist_ok=True)
         if (score := scores.get(str(job))) is not None:
@@ -480,7 +613,10 @@ def test_the_table(folder: Path, tmp_path: Path) -> None:
                 job.weights.touch()
                 (job.folder / "options.json").write_text(json.dumps(job.options.as_json()))
             (job.folder / "metrics.jsonl").write_text('{"event": "val", "epoch": 1, "step": 1}\n')
-            evaluation = {"mean_iou": score, "conditions": {"fog": {"mean_iou": score / 2}, "rain": {"mean_iou": None}}}
+            evaluation = {
+                "mean_iou": score,
+                "conditions": {"fog": {"mean_iou": score / 2}, "rain": {"mean_iou": None}},
+            }
             (job.folder / "eval.json").write_text(json.dumps(evaluation))
             job.record(evaluated=True)
     failed = {job: "out of memory" for job in jobs if str(job) == "TransKDBase seed 0"}
@@ -493,13 +629,21 @@ def test_the_table(folder: Path, tmp_path: Path) -> None:
         "| TransKDBase | 35.00 | 1 of 2, 1 failed | +5.00 | – | 3.72 (4.17) | 13.67 (15.14) | 1 |",
     ]
     assert lines[8] == "| mIoU, % | fog |"
-    assert lines[10:13] == ["| teacher | 25.00 |", "| student alone | 10.00 ± 7.07 |", "| TransKDBase | 17.50 |"]
+    assert lines[10:13] == [
+        "| teacher | 25.00 |",
+        "| student alone | 10.00 ± 7.07 |",
+        "| TransKDBase | 17.50 |",
+    ]
     assert "TransKDBase seed 0 failed: out of memory" in lines
 
 
 @pytest.mark.slow
 def test_a_table(
-    folder: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Stopped by a signal in its first training, gone on with from there, and done: the figures are the runs' own."""
     output, grid = tmp_path / "runs", tmp_path / "grid.toml"
@@ -537,16 +681,26 @@ def test_a_table(
     assert steps() == list(range(1, last + 2))
 
     def mious(row: str) -> list[float]:
-        return [100 * json.loads((output / f"{row}-seed{k}" / "eval.json").read_text())["mean_iou"] for k in (0, 1)]
+        return [
+            100 * json.loads((output / f"{row}-seed{k}" / "eval.json").read_text())["mean_iou"]
+            for k in (0, 1)
+        ]
 
     alone, distilled = mious("student"), mious("TransKDBase")
     gains = [b - a for a, b in zip(alone, distilled, strict=True)]
     markdown = (output / "table.md").read_text()
     (line,) = (line for line in markdown.splitlines() if "TransKDBase" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[1] == f"{statistics.mean(distilled):.2f} ± {statistics.stdev(distilled):.2f}" and cells[2] == "2"
+    assert (
+        cells[1] == f"{statistics.mean(distilled):.2f} ± {statistics.stdev(distilled):.2f}"
+        and cells[2] == "2"
+    )
     assert cells[3] == f"{statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f}"
-    assert cells[5].startswith("3.72 (") and cells[6].startswith("13.67 (") and cells[7] == f"{last + 1}"
+    assert (
+        cells[5].startswith("3.72 (")
+        and cells[6].startswith("13.67 (")
+        and cells[7] == f"{last + 1}"
+    )
     assert "| student alone |" in markdown and "| 55.86 |" in markdown and cells[1][:5] in shown
     written = {row["row"]: row for row in json.loads((output / "table.json").read_text())["rows"]}
     expected = {"mean": statistics.mean(alone), "sd": statistics.stdev(alone), "n": 2}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import PolynomialLR
 
-from cli import UserError
+from errors import UserError
 from models import create_model, load_model, save_model
 from models.checkpoints import IMAGENET, read_facts
 from models.distillation import Distiller
@@ -57,9 +57,21 @@ def assert_equal(a: Path, b: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "dataset", "losses"),
     [
-        ("TransKDBase.py", "cityscapes", ["ce", "hcl", "embed1", "embed2", "embed3", "embed4", "total"]),
-        ("TransKD_GLMixer.py", "cityscapes", ["ce", "hcl", "embed1", "embed2", "embed3", "embed4", "total"]),
-        ("TransKD_EA.py", "cityscapes", ["ce", "hcl", "embed1", "embed2", "embed3", "embed4", "total"]),
+        (
+            "TransKDBase.py",
+            "cityscapes",
+            ["ce", "hcl", "embed1", "embed2", "embed3", "embed4", "total"],
+        ),
+        (
+            "TransKD_GLMixer.py",
+            "cityscapes",
+            ["ce", "hcl", "embed1", "embed2", "embed3", "embed4", "total"],
+        ),
+        (
+            "TransKD_EA.py",
+            "cityscapes",
+            ["ce", "hcl", "embed1", "embed2", "embed3", "embed4", "total"],
+        ),
         ("TransKDBase.py", "ACDC", ["ce", "hcl", "embed1", "embed2", "embed3", "embed4", "total"]),
         ("student.py", "cityscapes", ["ce", "total"]),
         ("student.py", "ACDC", ["ce", "total"]),
@@ -78,7 +90,17 @@ def test_every_script_trains(
 ) -> None:
     """Two steps from the folder of the scripts, as the published README does it."""
     datadir = scenes if dataset == "cityscapes" else weathers
-    flags = ["--dataset", dataset, "--datadir", datadir, "--output-dir", tmp_path / "run", "--max-steps", 2, *SMALL]
+    flags = [
+        "--dataset",
+        dataset,
+        "--datadir",
+        datadir,
+        "--output-dir",
+        tmp_path / "run",
+        "--max-steps",
+        2,
+        *SMALL,
+    ]
     network = "student"
     if script == "teacher.py":
         flags += ["--from-scratch", "--teacher-model", "segformer_b0"]
@@ -93,7 +115,9 @@ def test_every_script_trains(
     assert [r["step"] for r in steps] == [1, 2]
     assert all(list(r["losses"]) == losses for r in steps)
     for r in steps:
-        assert r["losses"]["total"] == pytest.approx(sum(v for k, v in r["losses"].items() if k != "total"))
+        assert r["losses"]["total"] == pytest.approx(
+            sum(v for k, v in r["losses"].items() if k != "total")
+        )
     assert written[-1]["event"] == "val" and 0 <= written[-1]["mean_iou"] <= 1
     assert ("teacher" in [r["event"] for r in written]) == ("--validate-teacher" in flags)
     for name in (network, f"{network}_best"):
@@ -102,11 +126,24 @@ def test_every_script_trains(
         assert sum(p.numel() for p in model.parameters()) == 3_719_284
     options = json.loads((run / "options.json").read_text())
     assert options["dataset"] == dataset and options["max_steps"] == 2
-    assert_equal(run / "last.pt", run / f"{network}.safetensors")  # a run's checkpoint is recognised too
+    assert_equal(
+        run / "last.pt", run / f"{network}.safetensors"
+    )  # a run's checkpoint is recognised too
 
 
 def test_training_lowers_the_loss(command: Command, scenes: Path, tmp_path: Path) -> None:
-    flags = ("--datadir", scenes, "--num-epochs", 8, "--validate-every", 8, "--lr", 1e-3, "--output-dir", tmp_path)
+    flags = (
+        "--datadir",
+        scenes,
+        "--num-epochs",
+        8,
+        "--validate-every",
+        8,
+        "--lr",
+        1e-3,
+        "--output-dir",
+        tmp_path,
+    )
     done = command("train/student.py", *flags, *SMALL)
     assert done.returncode == 0, done.stderr
     ce = [r["losses"]["ce"] for r in records(tmp_path) if r["event"] == "train"]
@@ -118,7 +155,15 @@ def test_resume_is_exact(
     interrupted_after: int, command: Command, scenes: Path, teacher_weights: Path, tmp_path: Path
 ) -> None:
     """An interrupted run ends with the bits of an uninterrupted one."""
-    common = ("--datadir", scenes, "--teacher-weights", teacher_weights, *SMALL, "--validate-every", 3)
+    common = (
+        "--datadir",
+        scenes,
+        "--teacher-weights",
+        teacher_weights,
+        *SMALL,
+        "--validate-every",
+        3,
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for flags in (
         ("--output-dir", whole, "--max-steps", 12),
@@ -154,23 +199,33 @@ def test_average_and_decay_on_resume(scenes: Path, tmp_path: Path) -> None:
     train_here(scenes, tmp_path, max_steps=1)
     first = weights(tmp_path / "student.safetensors")
     train_here(scenes, tmp_path, max_steps=2, resume=True, ema=0.9)
-    raw, average = torch.load(tmp_path / "last.pt")["model"], weights(tmp_path / "student.safetensors")
+    raw, average = (
+        torch.load(tmp_path / "last.pt")["model"],
+        weights(tmp_path / "student.safetensors"),
+    )
     key, d = "linear_pred.weight", 3 / 12
     torch.testing.assert_close(average[key], d * first[key] + (1 - d) * raw[f"student.{key}"])
     with pytest.raises(UserError, match="--decay can't change on --resume"):
         train_here(scenes, tmp_path, max_steps=3, resume=True, decay="matrices")
-    assert json.loads((tmp_path / "options.json").read_text())["decay"] == "all"  # what was refused left no trace
+    assert (
+        json.loads((tmp_path / "options.json").read_text())["decay"] == "all"
+    )  # what was refused left no trace
 
 
 def test_two_methods_start_from_the_same_student(
     command: Command, scenes: Path, teacher_weights: Path, tmp_path: Path
 ) -> None:
     """One seed means one student: differences between methods are the methods'."""
-    for script, flags in (("student.py", ()), ("TransKDBase.py", ("--teacher-weights", teacher_weights))):
+    for script, flags in (
+        ("student.py", ()),
+        ("TransKDBase.py", ("--teacher-weights", teacher_weights)),
+    ):
         flags += ("--output-dir", tmp_path / script, "--max-steps", 1)
         done = command(f"train/{script}", "--datadir", scenes, *flags, *SMALL)
         assert done.returncode == 0, done.stderr
-    alone, distilled = (records(tmp_path / s)[1]["losses"]["ce"] for s in ("student.py", "TransKDBase.py"))
+    alone, distilled = (
+        records(tmp_path / s)[1]["losses"]["ce"] for s in ("student.py", "TransKDBase.py")
+    )
     assert alone == distilled
 
 
@@ -224,7 +279,9 @@ def test_published_recipe_is_the_default() -> None:
 def test_mistakes_end_in_one_line(
     script: str, flags: list[str], says: str, command: Command, scenes: Path, tmp_path: Path
 ) -> None:
-    done = command(f"train/{script}", "--datadir", scenes, "--output-dir", tmp_path / "run", *SMALL, *flags)
+    done = command(
+        f"train/{script}", "--datadir", scenes, "--output-dir", tmp_path / "run", *SMALL, *flags
+    )
     assert done.returncode == 2
     error = done.stderr.splitlines()[-1]
     assert error.startswith("error: ") and says in error
@@ -242,11 +299,17 @@ def test_mistakes_end_in_one_line(
     ],
 )
 def test_missing_weights_are_told_before_the_data_is_read(
-    script: ModuleType, flags: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType,
+    flags: dict[str, Any],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(options, "ROOT", tmp_path)
     with pytest.raises(UserError, match=says):
-        script.main(script.Options(datadir=tmp_path / "no data", output_dir=tmp_path / "run", **flags))
+        script.main(
+            script.Options(datadir=tmp_path / "no data", output_dir=tmp_path / "run", **flags)
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -275,12 +338,16 @@ def test_a_reader_that_leaves() -> None:
     os.close(reading)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = [sys.executable, "train/student.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, env=environment)
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, env=environment
+    )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize("called", [("train/student.py",), ("-m", "models.zoo"), ("-m", "benchmarks")])
+@pytest.mark.parametrize(
+    "called", [("train/student.py",), ("-m", "models.zoo"), ("-m", "benchmarks")]
+)
 def test_help_says_how_it_is_called(command: Command, called: tuple[str, ...]) -> None:
     name = " ".join(("python", *called) if "-m" in called else called)
     assert command(*called, "--help").stdout.startswith(f"usage: {name} [")
@@ -298,24 +365,53 @@ def test_a_run_is_not_overwritten(command: Command, scenes: Path, tmp_path: Path
 def test_imagenet_student(command: Command, scenes: Path, tmp_path: Path) -> None:
     """Starts from an encoder file, as `--student-pretrained` does from ckpt_pretrained/."""
     torch.manual_seed(5)
-    encoder = {k: v for k, v in create_model("segformer_b0").state_dict().items() if not k.startswith("linear_")}
+    encoder = {
+        k: v
+        for k, v in create_model("segformer_b0").state_dict().items()
+        if not k.startswith("linear_")
+    }
     torch.save(
-        encoder | {"head.weight": torch.zeros(1000, 256), "head.bias": torch.zeros(1000)}, tmp_path / "mit_b0.pth"
+        encoder | {"head.weight": torch.zeros(1000, 256), "head.bias": torch.zeros(1000)},
+        tmp_path / "mit_b0.pth",
     )
-    flags = ("--datadir", scenes, "--output-dir", tmp_path / "run", "--max-steps", 1, "--lr", 1e-30, *SMALL)
+    flags = (
+        "--datadir",
+        scenes,
+        "--output-dir",
+        tmp_path / "run",
+        "--max-steps",
+        1,
+        "--lr",
+        1e-30,
+        *SMALL,
+    )
     done = command("train/student.py", *flags, "--student-weights", tmp_path / "mit_b0.pth")
     assert done.returncode == 0, done.stderr
     trained = weights(tmp_path / "run" / "student.safetensors")
-    assert all(torch.allclose(trained[key], value, rtol=0, atol=1e-20) for key, value in encoder.items())
+    assert all(
+        torch.allclose(trained[key], value, rtol=0, atol=1e-20) for key, value in encoder.items()
+    )
     facts = read_facts(tmp_path / "run" / "student.safetensors")
-    assert {key: facts[key] for key in ("method", "height", "step")} == {"method": "student", "height": 64, "step": 1}
+    assert {key: facts[key] for key in ("method", "height", "step")} == {
+        "method": "student",
+        "height": 64,
+        "step": 1,
+    }
     assert read_facts(tmp_path / "run" / "best.pt") == facts
-    assert read_facts(tmp_path / "run" / "last.pt") == {key: facts[key] for key in facts if key != "mean_iou"}
+    assert read_facts(tmp_path / "run" / "last.pt") == {
+        key: facts[key] for key in facts if key != "mean_iou"
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_steps", 0), ("betas", (2.0, 0.9)), ("dropout", 5.0), ("drop_path_rate", 1.5), ("save_every", -1.0)],
+    [
+        ("max_steps", 0),
+        ("betas", (2.0, 0.9)),
+        ("dropout", 5.0),
+        ("drop_path_rate", 1.5),
+        ("save_every", -1.0),
+    ],
 )
 def test_values_out_of_range(name: str, value: object) -> None:
     with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} is"):
@@ -330,20 +426,33 @@ def test_values_out_of_range(name: str, value: object) -> None:
         ("--deterministic", "--no-tf32"),
     ],
 )
-def test_flags_of_speed(flags: tuple[str, ...], command: Command, scenes: Path, tmp_path: Path) -> None:
+def test_flags_of_speed(
+    flags: tuple[str, ...], command: Command, scenes: Path, tmp_path: Path
+) -> None:
     """They change how a step is computed, not what: the loss is that of a plain run."""
     common = ("--datadir", scenes, "--max-steps", 1, "--drop-path-rate", 0, "--dropout", 0, *SMALL)
     for name, more in (("plain", ()), ("other", flags)):
         done = command("train/student.py", *common, "--output-dir", tmp_path / name, *more)
         assert done.returncode == 0, done.stderr
-    plain, other = (next(r for r in records(tmp_path / n) if r["event"] == "train") for n in ("plain", "other"))
+    plain, other = (
+        next(r for r in records(tmp_path / n) if r["event"] == "train") for n in ("plain", "other")
+    )
     assert other["losses"] == pytest.approx(plain["losses"], rel=2e-2 if "bf16" in flags else 1e-5)
     assert "bf16" not in flags or other["losses"] != plain["losses"]
 
 
-def options_of(tmp_path: Path, scenes: Path = Path(), *, kind: type[Any] = student.Options, **changes: Any) -> Any:
+def options_of(
+    tmp_path: Path, scenes: Path = Path(), *, kind: type[Any] = student.Options, **changes: Any
+) -> Any:
     """Of a small run in this process."""
-    small = {"height": 64, "num_workers": 0, "batch_size": 2, "steps_loss": 1, "tensorboard": False, "device": "cpu"}
+    small = {
+        "height": 64,
+        "num_workers": 0,
+        "batch_size": 2,
+        "steps_loss": 1,
+        "tensorboard": False,
+        "device": "cpu",
+    }
     return kind(datadir=scenes, output_dir=tmp_path / "run", **small | changes)
 
 
@@ -354,10 +463,15 @@ def test_how_torch_is_set_up_for_a_gpu(
 ) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     ranks: Any = SimpleNamespace(device=torch.device("cuda"), world_size=processes, first=True)
-    attention = [getattr(torch.backends.cuda, f"{name}_sdp_enabled") for name in ("flash", "mem_efficient", "cudnn")]
+    attention = [
+        getattr(torch.backends.cuda, f"{name}_sdp_enabled")
+        for name in ("flash", "mem_efficient", "cudnn")
+    ]
     before = options_of(tmp_path)
     try:
-        engine.prepare(ranks, options_of(tmp_path, deterministic=careful, tf32=not careful, compile=True))
+        engine.prepare(
+            ranks, options_of(tmp_path, deterministic=careful, tf32=not careful, compile=True)
+        )
         assert torch.get_float32_matmul_precision() == ("highest" if careful else "high")
         assert torch.backends.cudnn.allow_tf32 is torch.backends.cudnn.benchmark is not careful
         assert torch.are_deterministic_algorithms_enabled() is careful
@@ -372,14 +486,20 @@ def test_how_torch_is_set_up_for_a_gpu(
         engine.prepare(ranks, before)
 
 
-def test_the_step_that_is_compiled(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_that_is_compiled(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(Distiller, "compile", lambda _, **how: asked.append(how))
-    student.main(options_of(tmp_path, scenes, max_steps=1, compile=True, compile_mode="reduce-overhead"))
+    student.main(
+        options_of(tmp_path, scenes, max_steps=1, compile=True, compile_mode="reduce-overhead")
+    )
     assert asked == [{"dynamic": False, "mode": "reduce-overhead"}]
 
 
-def test_the_best_stays_the_best(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_stays_the_best(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A worse validation afterwards, and one after `--resume`, leave it alone."""
     scores = iter([0.5, 0.3, 0.4])
     names: dict[str, Any] = {"per_class": {}, "mean_iou_published": 0.0}
@@ -393,13 +513,19 @@ def test_the_best_stays_the_best(scenes: Path, tmp_path: Path, monkeypatch: pyte
     assert read_facts(tmp_path / "run" / "student.safetensors")["step"] == 3
 
 
-def test_it_is_saved_every_so_many_minutes(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_saved_every_so_many_minutes(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = count(0, 25)  # a step looks once, and so does a save
     saved: list[int] = []
     save = engine.Run.save
     monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(engine.Run, "save", lambda run, **how: (saved.append(run.state.step), save(run, **how)))
-    student.main(options_of(tmp_path, scenes, max_steps=8, num_epochs=2, save_every=1.0, validate_every=9))
+    monkeypatch.setattr(
+        engine.Run, "save", lambda run, **how: (saved.append(run.state.step), save(run, **how))
+    )
+    student.main(
+        options_of(tmp_path, scenes, max_steps=8, num_epochs=2, save_every=1.0, validate_every=9)
+    )
     assert saved == [3, 6, 8, 8]  # after 75 seconds, and at the end, as the best and as the last
 
 
@@ -426,14 +552,27 @@ def test_resume_with_another_teacher(scenes: Path, tmp_path: Path) -> None:
         torch.manual_seed(seed)
         save_model(create_model("segformer_b0"), tmp_path / f"{seed}.safetensors")
     taught = {"kind": Options, "teacher_model": "segformer_b0", "max_steps": 1}
-    TransKDBase.main(options_of(tmp_path, scenes, teacher_weights=tmp_path / "1.safetensors", **taught))
-    other = options_of(tmp_path, scenes, teacher_weights=tmp_path / "2.safetensors", resume=True, **taught)
+    TransKDBase.main(
+        options_of(tmp_path, scenes, teacher_weights=tmp_path / "1.safetensors", **taught)
+    )
+    other = options_of(
+        tmp_path, scenes, teacher_weights=tmp_path / "2.safetensors", resume=True, **taught
+    )
     with pytest.raises(UserError, match="teacher"):
         TransKDBase.main(other)
 
 
 def test_published_shift(command: Command, scenes: Path, tmp_path: Path) -> None:
-    flags = ("--datadir", scenes, "--output-dir", tmp_path / "run", "--max-steps", 1, "--published-shift", *SMALL)
+    flags = (
+        "--datadir",
+        scenes,
+        "--output-dir",
+        tmp_path / "run",
+        "--max-steps",
+        1,
+        "--published-shift",
+        *SMALL,
+    )
     done = command("train/student.py", *flags)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "options.json").read_text())["published_shift"] is True

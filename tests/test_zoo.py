@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cli import UserError
+from errors import UserError
 from models import create_model, zoo
 from models.zoo import ZOO, Options, main
 from tests.conftest import Command
@@ -69,7 +69,11 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A distilled checkpoint as published."""
     path = tmp_path_factory.mktemp("released") / "student.pth"
     torch.save(
-        {f"student.{key}": value for key, value in seed(create_model("segformer_b0")).state_dict().items()}, path
+        {
+            f"student.{key}": value
+            for key, value in seed(create_model("segformer_b0")).state_dict().items()
+        },
+        path,
     )
     return path.read_bytes()
 
@@ -90,12 +94,18 @@ def fetch(server: Server, folder: Path, *names: str) -> None:
 
 
 def test_a_broken_download_goes_on(
-    server: Server, student: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: Server,
+    student: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(zoo, "RETRIES", 0)
     server.files[f"{STUDENT}.pth"] = student
     server.breaks[f"{STUDENT}.pth"] = 1_000_000
-    with pytest.raises(UserError, match=r"can't fetch .*try again, or open .* in a browser and save the file as"):
+    with pytest.raises(
+        UserError, match=r"can't fetch .*try again, or open .* in a browser and save the file as"
+    ):
         fetch(server, tmp_path, STUDENT)
     path = tmp_path / f"{STUDENT}.pth"
     assert not path.exists()
@@ -110,8 +120,12 @@ def test_a_broken_download_goes_on(
     assert "is there already" in capsys.readouterr().out and len(server.asked) == count
 
 
-@pytest.mark.parametrize("kept", [[1000], [50_000_000], [5, 6]], ids=["no ranges", "too long", "twice"])
-def test_parts_of_no_use_are_fetched_anew(kept: list[int], server: Server, student: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kept", [[1000], [50_000_000], [5, 6]], ids=["no ranges", "too long", "twice"]
+)
+def test_parts_of_no_use_are_fetched_anew(
+    kept: list[int], server: Server, student: bytes, tmp_path: Path
+) -> None:
     """The server ignores ranges, or what was kept is no beginning of the file."""
     server.files[f"{STUDENT}.pth"], server.ranges = student, kept != [1000]
     for i, size in enumerate(kept):
@@ -123,7 +137,9 @@ def test_parts_of_no_use_are_fetched_anew(kept: list[int], server: Server, stude
 
 def test_a_damaged_file_that_is_there_is_named(server: Server, tmp_path: Path) -> None:
     (tmp_path / "mit_b0.pth").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"mit_b0\.pth is there already but not right .*; remove it"):
+    with pytest.raises(
+        UserError, match=r"mit_b0\.pth is there already but not right .*; remove it"
+    ):
         fetch(server, tmp_path, "mit_b0")
     assert not server.asked
 
@@ -132,9 +148,14 @@ def test_an_encoder_is_checked_as_one(server: Server, tmp_path: Path) -> None:
     """MiT as the hub has it: another library's names, and a classifier."""
     from models.layouts.huggingface import to_huggingface
 
-    state = {k: v for k, v in create_model("segformer_b0").state_dict().items() if not k.startswith("linear_")}
+    state = {
+        k: v
+        for k, v in create_model("segformer_b0").state_dict().items()
+        if not k.startswith("linear_")
+    }
     torch.save(
-        to_huggingface(state | {"head.weight": torch.zeros(9, 256), "head.bias": torch.zeros(9)}), tmp_path / "w"
+        to_huggingface(state | {"head.weight": torch.zeros(9, 256), "head.bias": torch.zeros(9)}),
+        tmp_path / "w",
     )
     server.files["mit_b0.pth"] = server.files["mit_b1.pth"] = (tmp_path / "w").read_bytes()
     folder = tmp_path / "new" / "ckpt"
@@ -166,7 +187,9 @@ def test_what_is_no_network_is_not_placed(server: Server, student: bytes, tmp_pa
 def test_no_host(tmp_path: Path) -> None:
     server = Server()
     server.server_close()
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:\d+ can't be reached\); try again, or open https://") as error:
+    with pytest.raises(
+        UserError, match=r"127\.0\.0\.1:\d+ can't be reached\); try again, or open https://"
+    ) as error:
         fetch(server, tmp_path, STUDENT)
     assert "\n" not in str(error.value)
 
@@ -198,5 +221,8 @@ def test_published_names_and_places() -> None:
     assert ZOO["mit_b2"].file == "ckpt_pretrained/mit_b2.pth"
     for dataset in ("cityscapes", "acdc"):
         for kind in ("student", "TransKDBase", "TransKD_GL", "TransKD_EA"):
-            assert ZOO[f"segformerb0_{kind}_{dataset}"].file == f"outputs/segformerb0_{kind}_{dataset}.pth"
+            assert (
+                ZOO[f"segformerb0_{kind}_{dataset}"].file
+                == f"outputs/segformerb0_{kind}_{dataset}.pth"
+            )
     assert len({weights.url for weights in ZOO.values()}) == len(ZOO)

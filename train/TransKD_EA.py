@@ -18,6 +18,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
 import cli
+from errors import UserError
 from models.distillation import CrossSelectiveFusion, Distiller, EmbeddingAssistant
 from train.engine import start, train
 from train.options import DistillationOptions
@@ -32,7 +33,9 @@ class Options(DistillationOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.stages:
-            raise cli.UserError("--embed 0 leaves nothing for the Embedding Assistant to do; use TransKDBase.py")
+            raise UserError(
+                "--embed 0 leaves nothing for the Embedding Assistant to do; use TransKDBase.py"
+            )
 
 
 def main(options: Options) -> None:

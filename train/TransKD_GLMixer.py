@@ -18,6 +18,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
 import cli
+from errors import UserError
 from models.distillation import CrossSelectiveFusion, Distiller, GLMixer
 from train.engine import start, train
 from train.options import DistillationOptions
@@ -35,7 +36,9 @@ class Options(DistillationOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if GLMixer.MIXED_STAGE not in self.stages:
-            raise cli.UserError(f"--embed {self.embed} leaves out stage 4, the one that GL-Mixer mixes; use 4 or 5")
+            raise UserError(
+                f"--embed {self.embed} leaves out stage 4, the one that GL-Mixer mixes; use 4 or 5"
+            )
 
 
 def main(options: Options) -> None:

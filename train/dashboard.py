@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cli import UserError
+from errors import UserError
 
 SECONDS = 10.0
 """A visdom server that takes longer to answer is taken for dead."""
@@ -38,7 +38,11 @@ class Expendable:
         except Exception as error:
             self._target = None
             reason = getattr(error, "strerror", None) or type(error).__name__
-            print(f"warning: {self._trouble} ({reason}); training goes on without it", file=sys.stderr, flush=True)
+            print(
+                f"warning: {self._trouble} ({reason}); training goes on without it",
+                file=sys.stderr,
+                flush=True,
+            )
             return None
 
 
@@ -67,14 +71,18 @@ class Dashboard:
             raise UserError(
                 "--visualize needs visdom; install it by PIP_CONSTRAINT=constraints.txt pip install visdom==0.2.4"
             ) from error
-        logging.getLogger("visdom").setLevel(logging.CRITICAL)  # it logs a traceback for every lost message
+        logging.getLogger("visdom").setLevel(
+            logging.CRITICAL
+        )  # it logs a traceback for every lost message
         logging.getLogger("websocket").setLevel(logging.CRITICAL)
 
         class Client(visdom.Visdom):
             session: Any  # visdom's stubs leave it out
 
             def _handle_post(self, url: str, data: Any = None) -> str:
-                return self.session.post(url, data=data, timeout=SECONDS).text  # visdom itself waits for ever
+                return self.session.post(
+                    url, data=data, timeout=SECONDS
+                ).text  # visdom itself waits for ever
 
         self.client = Expendable(
             f"no visdom server answers on port {port}",
@@ -89,7 +97,9 @@ class Dashboard:
 
     def curve(self, window: str, name: str, step: int, value: float) -> None:
         """One more point of a curve."""
-        self.client.line(Y=[value], X=[step], win=window, name=name, update="append", opts=_titled(window))
+        self.client.line(
+            Y=[value], X=[step], win=window, name=name, update="append", opts=_titled(window)
+        )
 
     def picture(self, window: str, image: np.ndarray) -> None:
         """Show (H, W, 3) uint8."""

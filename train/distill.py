@@ -19,6 +19,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
 import cli
+from errors import UserError
 from models.distillation import Distiller
 from models.distillation.methods import LOGITS, METHODS, Settings
 from train.engine import start, train
@@ -48,10 +49,18 @@ class Options(DistillationOptions):
             for name in ("validate_teacher", "teacher_weights", "teacher_model"):
                 if getattr(self, name) != getattr(DistillationOptions, name):
                     flag = f"--{name.replace('_', '-')}"
-                    raise cli.UserError(f"{flag}: --method {ALONE} learns without a teacher; leave it out")
+                    raise UserError(
+                        f"{flag}: --method {ALONE} learns without a teacher; leave it out"
+                    )
         if self.logits_weight and self.method in (ALONE, "response"):
-            reason = "learns without a teacher" if self.method == ALONE else "has this loss already, as --kd-weight"
-            raise cli.UserError(f"--logits-weight is {self.logits_weight}; --method {self.method} {reason}")
+            reason = (
+                "learns without a teacher"
+                if self.method == ALONE
+                else "has this loss already, as --kd-weight"
+            )
+            raise UserError(
+                f"--logits-weight is {self.logits_weight}; --method {self.method} {reason}"
+            )
 
     @classmethod
     def defaults(cls, arguments: list[str]) -> Self | None:
@@ -71,7 +80,11 @@ class Options(DistillationOptions):
     @property
     def settings(self) -> Settings:
         own = {"weight": self.kd_weight, "temperature": self.kd_temperature}
-        return Settings(self.stages, self.losses(), {name: value for name, value in own.items() if value is not None})
+        return Settings(
+            self.stages,
+            self.losses(),
+            {name: value for name, value in own.items() if value is not None},
+        )
 
 
 def main(options: Options) -> None:

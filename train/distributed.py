@@ -19,9 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import UserError, find_device
+from cli import find_device
+from errors import UserError
 
-LOST = ("by peer", "Broken pipe", "ncclRemoteError")  # what gloo and NCCL say of a process that is gone
+LOST = (
+    "by peer",
+    "Broken pipe",
+    "ncclRemoteError",
+)  # what gloo and NCCL say of a process that is gone
 
 
 class Ranks:
@@ -34,13 +39,22 @@ class Ranks:
 
     def __init__(self, device: str) -> None:
         try:
-            self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            self.rank, self.world_size = (
+                int(os.environ.get("RANK", 0)),
+                int(os.environ.get("WORLD_SIZE", 1)),
+            )
         except ValueError as error:
-            raise UserError("RANK and WORLD_SIZE in the environment are no numbers; torchrun sets them") from error
+            raise UserError(
+                "RANK and WORLD_SIZE in the environment are no numbers; torchrun sets them"
+            ) from error
         if self.world_size > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
-            raise UserError("WORLD_SIZE is set but not the rest of what torchrun sets; start by torchrun, or unset it")
+            raise UserError(
+                "WORLD_SIZE is set but not the rest of what torchrun sets; start by torchrun, or unset it"
+            )
         if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-            raise UserError(f"--device {device} is one GPU for all processes; leave it out, and each takes its own")
+            raise UserError(
+                f"--device {device} is one GPU for all processes; leave it out, and each takes its own"
+            )
         gpus = device != "cpu" and torch.cuda.is_available()
         if self.world_size > 1 and device in ("auto", "cuda") and gpus:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -83,7 +97,11 @@ class Ranks:
 
     def averaging(self, module: nn.Module, now: bool) -> AbstractContextManager[None]:
         """Whether a backward pass within it averages gradients over ranks, or lets them add up in each."""
-        return nullcontext() if now or not isinstance(module, DistributedDataParallel) else module.no_sync()
+        return (
+            nullcontext()
+            if now or not isinstance(module, DistributedDataParallel)
+            else module.no_sync()
+        )
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of a tensor over ranks."""
@@ -171,7 +189,9 @@ def until_another_ends() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if dist.is_initialized() and dist.get_backend() == "cpu:gloo":  # as `leave`; NCCL would wait
+        if (
+            dist.is_initialized() and dist.get_backend() == "cpu:gloo"
+        ):  # as `leave`; NCCL would wait
             traceback.clear_frames(error.__traceback__)  # they hold DistributedDataParallel
             gc.collect()
             dist.destroy_process_group()

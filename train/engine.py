@@ -22,11 +22,11 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from cli import UserError
 from datasets import SceneDataset, open_split
 from datasets.classes import Classes
 from datasets.loading import Batch, Batches, training_batches
 from datasets.transforms import to_float
+from errors import UserError
 from eval.inference import evaluate
 from models import SegmentationModel, save_model
 from models.checkpoints import metadata_of, told_normalisation
@@ -39,7 +39,16 @@ from train.run_folder import RunFolder, load_checkpoint, provenance
 from train.tracking import NotFiniteError, Tracker
 
 NODES_OWN = frozenset(
-    ["datadir", "train_list", "teacher_weights", "student_weights", "output_dir", "cache", "num_workers", "device"]
+    [
+        "datadir",
+        "train_list",
+        "teacher_weights",
+        "student_weights",
+        "output_dir",
+        "cache",
+        "num_workers",
+        "device",
+    ]
 )
 """Options that may differ between processes: what is read there is compared, and the first process alone writes."""
 
@@ -147,22 +156,32 @@ class Run:
         distiller.to(self.device)
         if options.sync_batchnorm and self.ranks.world_size > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
-        self.class_weights = distiller.class_weights.cpu()  # once: a step must not wait for the device
+        self.class_weights = (
+            distiller.class_weights.cpu()
+        )  # once: a step must not wait for the device
         self.optimizer = new_optimizer(distiller, options)
         self.averaged = AveragedWeights(distiller.student, options.ema) if options.ema else None
-        self.network = self.averaged.network if self.averaged else distiller.student  # what is validated and kept
-        torch.manual_seed(options.seed + self.ranks.rank)  # building modules drew numbers; dropout's are the same
+        self.network = (
+            self.averaged.network if self.averaged else distiller.student
+        )  # what is validated and kept
+        torch.manual_seed(
+            options.seed + self.ranks.rank
+        )  # building modules drew numbers; dropout's are the same
         self.state = State()
         if options.resume:
             self.state = restore(options, self.ranks, distiller, self.optimizer, self.averaged)
-        if self.folder is not None:  # after the checkpoint fitted: what is refused must not be noted as the run's
+        if (
+            self.folder is not None
+        ):  # after the checkpoint fitted: what is refused must not be noted as the run's
             self.folder.describe()
         self.schedule = Schedule(self.optimizer, options, plan)
         self.total_steps = plan.total_steps(self.state.epoch, self.state.batch, self.state.step)
         if options.compile:
             # an epoch's odd last batch is compiled too, instead of slowing all others
             distiller.compile(dynamic=False, mode=options.compile_mode)
-        more_than_a_student = len(list(distiller.parameters())) > len(list(distiller.student.parameters()))
+        more_than_a_student = len(list(distiller.parameters())) > len(
+            list(distiller.student.parameters())
+        )
         self.learner = self.ranks.wrap(distiller, some_idle=more_than_a_student)
         self.interrupt = Interrupt()
         self.tracker = Tracker(options, self.ranks, self.total_steps, self.state.step, self.device)
@@ -199,14 +218,22 @@ class Run:
             UserError: a loss is not finite, or what is written doesn't fit on the disk.
         """
         options, state, tracker = self.options, self.state, self.tracker
-        tracker.record("start", state.epoch, total_steps=self.total_steps, **provenance(self.device))
+        tracker.record(
+            "start", state.epoch, total_steps=self.total_steps, **provenance(self.device)
+        )
         tracker.say(
             f"{options.method}: {len(self.train_set)} training and {len(self.val_set)} validation images, "
             f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all, on {self.device}, in {options.run_dir}"
         )
         if self.done:
-            tracker.say(f"{state.step} steps are done already; to train on, raise --num-epochs or --max-steps")
-        if isinstance(options, DistillationOptions) and options.validate_teacher and self.distiller.teacher is not None:
+            tracker.say(
+                f"{state.step} steps are done already; to train on, raise --num-epochs or --max-steps"
+            )
+        if (
+            isinstance(options, DistillationOptions)
+            and options.validate_teacher
+            and self.distiller.teacher is not None
+        ):
             tracker.say(f"teacher: val mIoU {self.validate(self.distiller.teacher, 'teacher'):.2%}")
         if self.distiller.teacher is not None:
             settle(self.distiller.teacher, bf16=options.precision == "bf16")
@@ -224,15 +251,21 @@ class Run:
                 f"is kept in {options.run_dir}: look at these images, or try a lower --lr"
             ) from error
         if self.done:
-            tracker.say(f"done: {options.run_dir / options.network}.safetensors and {options.network}_best.safetensors")
+            tracker.say(
+                f"done: {options.run_dir / options.network}.safetensors and {options.network}_best.safetensors"
+            )
         else:
             self.save()
-            tracker.say(f"interrupted at step {state.step}; the same command with --resume goes on from there")
+            tracker.say(
+                f"interrupted at step {state.step}; the same command with --resume goes on from there"
+            )
 
     def train_epoch(self) -> None:
         """Take the steps that are left of the epoch and of the run, or those before a signal."""
         self.distiller.train()
-        for group in grouped(self.batches(self.state.epoch, self.state.batch), self.options.accumulate):
+        for group in grouped(
+            self.batches(self.state.epoch, self.state.batch), self.options.accumulate
+        ):
             self.step(group)
             if self.done:
                 break
@@ -252,7 +285,9 @@ class Run:
             UserError: weights are not finite, which no loss has shown yet.
         """
         self.tracker.flush(self.state.epoch, self.schedule.lr)
-        if not torch.stack([value.isfinite().all() for value in self.distiller.state_dict().values()]).all():
+        if not torch.stack(
+            [value.isfinite().all() for value in self.distiller.state_dict().values()]
+        ).all():
             raise UserError(
                 f"step {self.state.step} made weights NaN or infinite, by gradients as large; what was saved before is "
                 f"kept in {self.options.run_dir}: look for images of a single colour, or try a lower --lr"
@@ -265,10 +300,14 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         for batch, share in zip(group, shares(group, self.class_weights, ranks), strict=True):
             with ranks.averaging(self.learner, batch is group[-1]):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+                with torch.autocast(
+                    self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"
+                ):
                     losses = self.learner(*to_device(batch, self.device))
                 if share is not None:
-                    losses = {name: share[int(name != "ce")] * loss for name, loss in losses.items()}
+                    losses = {
+                        name: share[int(name != "ce")] * loss for name, loss in losses.items()
+                    }
                 total = torch.stack(list(losses.values())).sum() / len(group)
                 total.backward()
             self.tracker.add(losses, batch.indices)
@@ -292,7 +331,9 @@ class Run:
         best = score > state.best
         state.best = max(score, state.best)
         mark = " *" if best else ""
-        tracker.say(f"step {state.step}/{self.total_steps}: val mIoU {score:.2%}, best {state.best:.2%}{mark}")
+        tracker.say(
+            f"step {state.step}/{self.total_steps}: val mIoU {score:.2%}, best {state.best:.2%}{mark}"
+        )
         tracker.pictures(self.network, self.val_set)
         self.keep_network("", score)
         if best:  # before last.pt, which remembers that this was the best
@@ -317,14 +358,18 @@ class Run:
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint."""
         cuda = self.device.type == "cuda"
-        random = self.ranks.gather([torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None])
+        random = self.ranks.gather(
+            [torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None]
+        )
         if self.folder is not None:
             content = {
                 "model": self.distiller.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "state": vars(self.state),
                 "random": random,
-                "metadata": metadata_of(self.distiller.student, **self.facts(self.state.best if best else None)),
+                "metadata": metadata_of(
+                    self.distiller.student, **self.facts(self.state.best if best else None)
+                ),
             }
             if self.averaged is not None:
                 content["averaged"] = self.averaged.network.state_dict()
@@ -359,7 +404,9 @@ class Run:
 
 def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Images as float32 in [0, 1] and labels; bytes travel, floats are made on the device."""
-    return to_float(batch.images.to(device, non_blocking=True)), batch.labels.to(device, non_blocking=True)
+    return to_float(batch.images.to(device, non_blocking=True)), batch.labels.to(
+        device, non_blocking=True
+    )
 
 
 def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -369,7 +416,9 @@ def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
-def shares(group: list[Batch], weights: torch.Tensor, ranks: Ranks) -> Iterable[torch.Tensor | None]:
+def shares(
+    group: list[Batch], weights: torch.Tensor, ranks: Ranks
+) -> Iterable[torch.Tensor | None]:
     """How much each part of a global batch counts, (2,): first for cross entropy, then for all other losses.
 
     Losses are averaged over parts and ranks. But a part may hold fewer images than the others, and cross entropy is an
@@ -379,9 +428,12 @@ def shares(group: list[Batch], weights: torch.Tensor, ranks: Ranks) -> Iterable[
     if len(group) == ranks.world_size == 1:
         return [None]
     counted = [
-        torch.bincount(batch.labels.flatten(), minlength=len(weights)).double() @ weights.double() for batch in group
+        torch.bincount(batch.labels.flatten(), minlength=len(weights)).double() @ weights.double()
+        for batch in group
     ]
-    own = torch.tensor([(float(c), len(batch.images)) for c, batch in zip(counted, group, strict=True)])
+    own = torch.tensor(
+        [(float(c), len(batch.images)) for c, batch in zip(counted, group, strict=True)]
+    )
     own = own.to(ranks.device, non_blocking=True)  # else the host would wait for the step before
     return own / ranks.mean(own.mean(0)).clamp_min(torch.finfo(own.dtype).tiny)
 
@@ -389,10 +441,15 @@ def shares(group: list[Batch], weights: torch.Tensor, ranks: Ranks) -> Iterable[
 def prepare(ranks: Ranks, options: TrainingOptions) -> None:
     """Set torch up for speed, or for bits that repeat."""
     if options.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else its products add up in any order
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # else its products add up in any order
     cuda = ranks.device.type == "cuda"
     if options.precision == "bf16" and not cuda and ranks.first:
-        print("warning: on a CPU without AVX512-BF16 or AMX, bf16 is far slower than fp32", file=sys.stderr)
+        print(
+            "warning: on a CPU without AVX512-BF16 or AMX, bf16 is far slower than fp32",
+            file=sys.stderr,
+        )
     if options.sync_batchnorm and not cuda:
         raise UserError("--sync-batchnorm works on CUDA alone; leave it out")
     if options.compile_mode != "default" and ranks.world_size > 1:
@@ -407,7 +464,9 @@ def prepare(ranks: Ranks, options: TrainingOptions) -> None:
     torch.backends.cudnn.allow_tf32 = options.tf32
     torch.backends.cudnn.benchmark = not options.deterministic
     torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
-    if options.deterministic and cuda:  # which leaves attention's fast kernels alone, and they add up in any order
+    if (
+        options.deterministic and cuda
+    ):  # which leaves attention's fast kernels alone, and they add up in any order
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -417,7 +476,9 @@ def fingerprint(model: SegmentationModel) -> str:
     """Hash of a network's weights, and of what it does to its input."""
     digest = hashlib.sha256(repr(model.normalisation).encode() if model.normalisation else b"")
     for value in model.state_dict().values():
-        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())  # as bytes: numpy has no bfloat16
+        digest.update(
+            value.detach().cpu().flatten().view(torch.uint8).numpy()
+        )  # as bytes: numpy has no bfloat16
     return digest.hexdigest()[:20]
 
 
@@ -437,19 +498,30 @@ def restore(
         content = load_checkpoint(options.run_dir) if ranks.first else None
     content = ranks.of_first(content)  # nodes need not see each other's disks
     if len(content["optimizer"]["param_groups"]) != len(optimizer.param_groups):
-        raise UserError(f"--decay can't change on --resume; give that of the run in {options.run_dir}")
-    numbers = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        raise UserError(
+            f"--decay can't change on --resume; give that of the run in {options.run_dir}"
+        )
+    numbers = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
     try:
         distiller.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
         if averaged is not None:
-            averaged.network.load_state_dict(content.get("averaged", distiller.student.state_dict()))
+            averaged.network.load_state_dict(
+                content.get("averaged", distiller.student.state_dict())
+            )
         state = State(**content["state"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"the checkpoint in {options.run_dir} is of another method or model ({reason})") from error
+        raise UserError(
+            f"the checkpoint in {options.run_dir} is of another method or model ({reason})"
+        ) from error
     if len(content["random"]) != ranks.world_size:
-        raise UserError(f"{options.run_dir} was trained by {len(content['random'])} processes; go on with as many")
+        raise UserError(
+            f"{options.run_dir} was trained by {len(content['random'])} processes; go on with as many"
+        )
     for group, chosen in zip(optimizer.param_groups, numbers, strict=True):
         group.update(chosen)
     if normalisation := told_normalisation(options.run_dir, content.get("metadata", {})):

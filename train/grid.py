@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import cli
-from cli import UserError
 from datasets import find_layout, open_split, synthetic
+from errors import UserError
 from eval import eval_iou
 from eval.options import IoUOptions
-from eval.records import EVALUATION, fits, read_json, read_records, write_json
+from eval.records import EVALUATION, fits, read_records
+from files import read_json, write_json
 from models import SegmentationModel, load_model
 from models.checkpoints import weights_file
 from train.optimisation import Plan
@@ -32,12 +33,21 @@ from train.run_folder import FREE, holds_run
 
 T = TypeVar("T")
 GRIDS = ROOT / "train" / "grids"
-RESERVED = ("lock", "data", "table.md", "table.json")  # what the table's folder holds beside the runs
+RESERVED = (
+    "lock",
+    "data",
+    "table.md",
+    "table.json",
+)  # what the table's folder holds beside the runs
 ANY_DATASET = "eval/eval_iou.py"  # takes the data set as a flag
 TAKEN = ("seed", "output_dir", "resume", "override", "datadir")  # flags that the table gives
 MEASURED = ("datadir", "weights", "json")  # and of the evaluation's
 SCHEDULE = ("num_epochs", "max_steps")  # a run may go on to more of them, but not back
-FILES = ("teacher_weights", "student_weights", "train_list")  # options that may move, but not change their content
+FILES = (
+    "teacher_weights",
+    "student_weights",
+    "train_list",
+)  # options that may move, but not change their content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +110,21 @@ class Section:
         values = self.take("seeds", list)
         if values is None:
             return None
-        if not values or not all(type(value) is int for value in values) or len({*values}) < len(values):
-            raise UserError(f"{self.where}: seeds is {values}; it must be a list of different integers")
+        if (
+            not values
+            or not all(type(value) is int for value in values)
+            or len({*values}) < len(values)
+        ):
+            raise UserError(
+                f"{self.where}: seeds is {values}; it must be a list of different integers"
+            )
         return tuple(values)
 
     def end(self) -> None:
         if self.content:
-            raise UserError(f"{self.where}: unknown key {', '.join(self.content)}; train/table.py --help names all")
+            raise UserError(
+                f"{self.where}: unknown key {', '.join(self.content)}; train/table.py --help names all"
+            )
 
 
 def read_grid(path: Path) -> Grid:
@@ -125,7 +143,10 @@ def read_grid(path: Path) -> Grid:
         raise UserError(f"{found} is no TOML that can be read ({error})") from error
     evaluation = Section(f"{found.name}: evaluation", top.content.pop("evaluation", {}))
     presets = Section(f"{found.name}: presets", top.content.pop("presets", {}))
-    common, groups = top.flags("options"), {name: presets.flags(name) for name in list(presets.content)}
+    common, groups = (
+        top.flags("options"),
+        {name: presets.flags(name) for name in list(presets.content)},
+    )
     rows: dict[str, Row] = {}
     for i, content in enumerate(top.take("rows", list) or (), start=1):
         row = read_row(Section(f"{found.name}: row {i}", content), common, groups, rows)
@@ -151,14 +172,20 @@ def read_grid(path: Path) -> Grid:
         raise UserError(f"{found.name}: there are no [[rows]]")
     for row in rows.values():
         if row.baseline and row.baseline not in rows:
-            raise UserError(f"{found.name}: row {row.name}: its baseline {row.baseline!r} is no row")
+            raise UserError(
+                f"{found.name}: row {row.name}: its baseline {row.baseline!r} is no row"
+            )
     return grid
 
 
-def read_row(section: Section, common: Mapping[str, Any], groups: Mapping[str, Any], above: Mapping[str, Row]) -> Row:
+def read_row(
+    section: Section, common: Mapping[str, Any], groups: Mapping[str, Any], above: Mapping[str, Row]
+) -> Row:
     """One of `[[rows]]`; `above` are those before it."""
     name = section.take("name", str) or ""
-    taken = name in above or name in RESERVED or re.search(r"-seed\d+$", name)  # which the runs' folders end in
+    taken = (
+        name in above or name in RESERVED or re.search(r"-seed\d+$", name)
+    )  # which the runs' folders end in
     if taken or not re.fullmatch(r"[\w+][\w.+-]*", name):
         raise UserError(
             f"{section.where}: its name {name!r} must be of letters, digits, - and _, no other row's, not "
@@ -175,7 +202,9 @@ def read_row(section: Section, common: Mapping[str, Any], groups: Mapping[str, A
         flags |= groups[preset]
     flags = flags | section.flags("options") if script else {}
     if given := [key for key in TAKEN if key in flags]:
-        raise UserError(f"{section.where}: {given[0].replace('_', '-')} is given by the table; leave it out")
+        raise UserError(
+            f"{section.where}: {given[0].replace('_', '-')} is given by the table; leave it out"
+        )
     row = Row(
         name=name,
         label=section.take("label", str) or name,
@@ -189,7 +218,9 @@ def read_row(section: Section, common: Mapping[str, Any], groups: Mapping[str, A
     )
     section.end()
     if row.teacher and row.teacher not in above:
-        raise UserError(f"{section.where}: its teacher {row.teacher!r} must be one of the rows above it")
+        raise UserError(
+            f"{section.where}: its teacher {row.teacher!r} must be one of the rows above it"
+        )
     return row
 
 
@@ -243,7 +274,9 @@ class Job:
         if self.options is None:
             return {"weights": digest(self.weights)}
         known = asdict(self.options)
-        return {name: known[name] for name in SCHEDULE} | {name: digest(known.get(name)) for name in FILES}
+        return {name: known[name] for name in SCHEDULE} | {
+            name: digest(known.get(name)) for name in FILES
+        }
 
     def measured(self) -> dict[str, Any]:
         """What decides the evaluation's figure beyond the weights."""
@@ -265,12 +298,19 @@ class Job:
         done = read_json(path)
         if done is not None and not isinstance(done.get("source"), dict):
             raise UserError(f"{self}: {short(path)} is damaged; remove it")
-        if (done or self.begun) and (problem := self.problem(source, done["source"] if done else {})):
-            raise UserError(f"{self} was trained {problem}: remove {short(self.folder)}, or undo the change")
+        if (done or self.begun) and (
+            problem := self.problem(source, done["source"] if done else {})
+        ):
+            raise UserError(
+                f"{self} was trained {problem}: remove {short(self.folder)}, or undo the change"
+            )
         if done is None:
             return "begun" if self.begun else "new"
         if self.options is None or (source == done["source"] and self.weights.is_file()):
-            evaluated = self.result() is not None and done == {"source": source, "evaluation": self.measured()}
+            evaluated = self.result() is not None and done == {
+                "source": source,
+                "evaluation": self.measured(),
+            }
             return "finished" if evaluated else "trained"
         return "begun" if self.begun else "new"
 
@@ -286,7 +326,9 @@ class Job:
             return "with options that nobody knows, options.json is missing"
         # the rate of --schedule step depends on how many steps there are
         free = FREE.difference(SCHEDULE) if self.options.schedule == "step" else FREE
-        different = sorted(key for key in now.keys() & before.keys() - free if now[key] != before[key])
+        different = sorted(
+            key for key in now.keys() & before.keys() - free if now[key] != before[key]
+        )
         if different:
             return f"with {', '.join(f'{key} {before[key]} instead of {now[key]}' for key in different)}"
         every, list_file = self.options.subset_every, self.options.train_list
@@ -297,14 +339,18 @@ class Job:
             if source[name] and source[name] != done.get(name, source[name]):
                 return f"with another {name.replace('_', ' ')}"
         if split:
-            planned = Plan.of(self.options, split.images, math.ceil(split.images / self.options.batch_size)).steps
+            planned = Plan.of(
+                self.options, split.images, math.ceil(split.images / self.options.batch_size)
+            ).steps
             if (step := last_record(self.folder).get("step", 0)) > planned:
                 return f"for {step} steps instead of {planned}"
         return None
 
     def commands(self, standing: str) -> list[list[str]]:
         """What a run of that standing still has to do."""
-        training = {"new": [self.training], "begun": [[*self.training, "--resume"]]}.get(standing, [])
+        training = {"new": [self.training], "begun": [[*self.training, "--resume"]]}.get(
+            standing, []
+        )
         return [] if standing == "finished" else [*filter(None, training), self.evaluation]
 
     def result(self) -> dict[str, Any] | None:
@@ -313,7 +359,9 @@ class Job:
             found = read_json(self.folder / "eval.json") or {}
         except UserError:
             return None
-        return found if isinstance(found.get("mean_iou"), float) and fits(found, EVALUATION) else None
+        return (
+            found if isinstance(found.get("mean_iou"), float) and fits(found, EVALUATION) else None
+        )
 
     def score(self) -> dict[str, Any] | None:
         """The result of a run that is finished as the grid describes it."""
@@ -343,24 +391,36 @@ def find_teacher(row: Row, seed: int, jobs: Mapping[tuple[str, int], Job]) -> Jo
     runs = [job for (name, _), job in jobs.items() if name == row.teacher]
     same = [job for job in runs if job.seed == seed]
     if not same and len(runs) != 1:
-        raise UserError(f"row {row.name}: its teacher {row.teacher} has no seed {seed}; give it the seed, or one alone")
+        raise UserError(
+            f"row {row.name}: its teacher {row.teacher} has no seed {seed}; give it the seed, or one alone"
+        )
     return (same or runs)[0]
 
 
-def new_job(grid: Grid, row: Row, seed: int, datadir: Path, output: Path, teacher: Job | None) -> Job:
+def new_job(
+    grid: Grid, row: Row, seed: int, datadir: Path, output: Path, teacher: Job | None
+) -> Job:
     folder = output / (f"{row.name}-seed{seed}" if row.script else row.name)
     where, options, training, dataset = f"row {row.name}", None, [], evaluated(grid)
     if seed not in range(2**32):
         raise UserError(f"{where}: seed {seed} is out of range; seeds begin at 0")
     if row.script:
-        flags = dict(row.flags) | {"datadir": short(datadir), "seed": seed, "output_dir": short(folder)}
+        flags = dict(row.flags) | {
+            "datadir": short(datadir),
+            "seed": seed,
+            "output_dir": short(folder),
+        }
         if teacher is not None:
             flags["teacher_weights"] = short(teacher.weights)
         options = row_options(row, flags)
         if options.dataset != dataset:
-            raise UserError(f"{where}: it is trained on {options.dataset}; {grid.eval_script} evaluates on {dataset}")
+            raise UserError(
+                f"{where}: it is trained on {options.dataset}; {grid.eval_script} evaluates on {dataset}"
+            )
         training = [short(ROOT / row.script), *words(flags)]
-        weights = folder / f"{options.network}{'_best' if grid.weights == 'best' else ''}.safetensors"
+        weights = (
+            folder / f"{options.network}{'_best' if grid.weights == 'best' else ''}.safetensors"
+        )
     else:
         assert row.weights is not None
         weights = row.weights
@@ -389,7 +449,9 @@ def evaluated(grid: Grid) -> str:
     """The data set that the evaluation's script is for, or that it is given by its options."""
     match = re.fullmatch(r"eval/eval_(?:(\w+)_)?iou\.py", grid.eval_script)
     if match is None or not (ROOT / grid.eval_script).is_file():
-        raise UserError(f"evaluation: script is {grid.eval_script!r}; name one like eval/eval_cityscapes_iou.py")
+        raise UserError(
+            f"evaluation: script is {grid.eval_script!r}; name one like eval/eval_cityscapes_iou.py"
+        )
     name = match[1] or grid.eval_flags.get("dataset")
     if name is None:
         raise UserError(f"evaluation: {grid.eval_script} needs a dataset among its options")
@@ -432,7 +494,9 @@ def row_options(row: Row, flags: Mapping[str, Any]) -> TrainingOptions:
     where, script = f"row {row.name}", row.script
     if not re.fullmatch(r"train/\w+\.py", script) or not (ROOT / script).is_file():
         raise UserError(f"{where}: there is no script {script}; name one like train/student.py")
-    found = getattr(importlib.import_module(script.removesuffix(".py").replace("/", ".")), "Options", None)
+    found = getattr(
+        importlib.import_module(script.removesuffix(".py").replace("/", ".")), "Options", None
+    )
     if not (isinstance(found, type) and issubclass(found, TrainingOptions)):
         raise UserError(f"{where}: {script} trains nothing; name a script like train/student.py")
     return parse(where, found, words(flags))
@@ -482,13 +546,19 @@ def with_teacher(grid: Grid, weights: Path) -> Grid:
     }
     taught = [name for name, model in wanted.items() if model == holds]
     if not taught:
-        teachers = ", ".join(f"{name} is {model}" for name, model in wanted.items()) or "none is needed"
-        raise UserError(f"--teacher-weights {weights} holds {holds}, which is no teacher of this grid ({teachers})")
+        teachers = (
+            ", ".join(f"{name} is {model}" for name, model in wanted.items()) or "none is needed"
+        )
+        raise UserError(
+            f"--teacher-weights {weights} holds {holds}, which is no teacher of this grid ({teachers})"
+        )
 
     def given(row: Row) -> Row:
         return replace(row, script="", weights=weights, flags={}, teacher="", seeds=(0,))
 
-    return replace(grid, rows={name: given(row) if name in taught else row for name, row in grid.rows.items()})
+    return replace(
+        grid, rows={name: given(row) if name in taught else row for name, row in grid.rows.items()}
+    )
 
 
 def seeds_on_disk(grid: Grid, output: Path) -> set[int]:

@@ -51,7 +51,9 @@ class Plan:
         if self.recipe_epoch:  # `epoch` may have been counted by other steps
             return self.limit
         of_epoch = max(self.steps_per_epoch - batch, 0)
-        left = (self.epochs - epoch) * self.steps_per_epoch + of_epoch if epoch <= self.epochs else 0
+        left = (
+            (self.epochs - epoch) * self.steps_per_epoch + of_epoch if epoch <= self.epochs else 0
+        )
         return min(step + left, self.limit)
 
 
@@ -65,7 +67,12 @@ def new_optimizer(distiller: nn.Module, options: TrainingOptions) -> AdamW:
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
     return AdamW(
-        groups, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay, fused=True
+        groups,
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        fused=True,
     )
 
 
@@ -83,12 +90,16 @@ class Schedule:
         self.lr = options.lr
         self.optimizer, self.options, self.plan = optimizer, options, plan
         stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr)
-        self.by_epoch = PolynomialLR(stand_in, total_iters=options.lr_decay_epochs, power=options.lr_power)
+        self.by_epoch = PolynomialLR(
+            stand_in, total_iters=options.lr_decay_epochs, power=options.lr_power
+        )
 
     def set(self, epoch: int, step: int) -> None:
         """Give the optimizer the rate of the next step, after `step` steps, in `epoch`."""
         if self.options.schedule == "epoch":
-            lr = self._of_epoch(1 + step // self.plan.recipe_epoch if self.plan.recipe_epoch else epoch)
+            lr = self._of_epoch(
+                1 + step // self.plan.recipe_epoch if self.plan.recipe_epoch else epoch
+            )
         else:
             lr = self.options.lr * max(1 - step / self.plan.steps, 0) ** self.options.lr_power
         lr *= min((step + 1) / max(self.options.warmup_steps, 1), 1)
@@ -98,7 +109,9 @@ class Schedule:
 
     def _of_epoch(self, epoch: int) -> float:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # a stand-in's
+            warnings.filterwarnings(
+                "ignore", "Detected call of `lr_scheduler.step", UserWarning
+            )  # a stand-in's
             while self.by_epoch.last_epoch < epoch:
                 self.by_epoch.step()
         return float(self.by_epoch.get_last_lr()[0])

@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Literal, Self
 
 import tyro
 
-from cli import MANY, UserError
+from cli import MANY
 from datasets import DATASETS, Augmentation, Classes
+from errors import UserError
 from models import SegmentationModel, create_model, load_backbone, load_model
 from models.checkpoints import IMAGENET
 from models.distillation.losses import FEATURE_LOSSES
@@ -152,15 +153,34 @@ class TrainingOptions:
             UserError: a value is out of range.
         """
         for field in dataclasses.fields(self):
-            if any(isinstance(part, float) and not math.isfinite(part) for part in self._parts(field.name)):
+            if any(
+                isinstance(part, float) and not math.isfinite(part)
+                for part in self._parts(field.name)
+            ):
                 raise UserError(f"{self._flag(field.name)}; it must be finite")
-        integers = [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), int)]
+        integers = [
+            field.name
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), int)
+        ]
         self.require(*integers, below=2**32)  # what numpy and torch take, the seed among them
-        self.require("subset_every", "num_epochs", "batch_size", "max_steps", "validate_every", "steps_loss", least=1)
+        self.require(
+            "subset_every",
+            "num_epochs",
+            "batch_size",
+            "max_steps",
+            "validate_every",
+            "steps_loss",
+            least=1,
+        )
         self.require("lr_decay_epochs", "accumulate", least=1)
         self.require("num_workers", least=0, below=MANY)
-        self.require("shift", "weight_decay", "warmup_steps", "save_every", "eps", "lr_power", least=0)
-        self.require("height", "crop", least=MIN_HEIGHT, below=2**16)  # the network's four stages need as much
+        self.require(
+            "shift", "weight_decay", "warmup_steps", "save_every", "eps", "lr_power", least=0
+        )
+        self.require(
+            "height", "crop", least=MIN_HEIGHT, below=2**16
+        )  # the network's four stages need as much
         self.require("lr", "scale", above=0)
         self.require("jitter", "ema", "dropout", "drop_path_rate", "betas", least=0, below=1)
         if self.schedule == "epoch" and self.num_epochs > self.lr_decay_epochs:
@@ -176,20 +196,32 @@ class TrainingOptions:
         if self.port != TrainingOptions.port and not self.visualize:
             raise UserError(f"{self._flag('port')}, of the visdom server; it needs --visualize")
         if self.schedule == "step" and self.lr_decay_epochs != TrainingOptions.lr_decay_epochs:
-            raise UserError(f"{self._flag('lr_decay_epochs')}, of --schedule epoch; by step the rate is 0 in the end")
+            raise UserError(
+                f"{self._flag('lr_decay_epochs')}, of --schedule epoch; by step the rate is 0 in the end"
+            )
         if not self.scale[0] <= self.scale[1]:
             raise UserError(f"{self._flag('scale')}; give the smaller factor first")
-        if self.published_shift and (self.scale != (1.0, 1.0) or self.crop or self.loss_size == "full"):
+        if self.published_shift and (
+            self.scale != (1.0, 1.0) or self.crop or self.loss_size == "full"
+        ):
             raise UserError(
                 "--published-shift knows quarter-size labels alone; leave out --scale, --crop and --loss-size full"
             )
 
-    def require(self, *names: str, least: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> None:
+    def require(
+        self,
+        *names: str,
+        least: float = -math.inf,
+        above: float = -math.inf,
+        below: float = math.inf,
+    ) -> None:
         """Raise UserError for a number out of range, or a tuple with one; None is welcome."""
         for name in names:
             if not all(least <= part and above < part < below for part in self._parts(name)):
                 bounds = {"at least": least, "above": above, "below": below}
-                must = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
+                must = " and ".join(
+                    f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)
+                )
                 raise UserError(f"{self._flag(name)}; it must be {must}")
 
     def _parts(self, name: str) -> tuple[Any, ...]:
@@ -203,7 +235,9 @@ class TrainingOptions:
     def preset(cls, recipe: str) -> dict[str, Any]:
         """A recipe's values of the flags that these options have, the name included."""
         names = {field.name for field in dataclasses.fields(cls)}
-        return {"recipe": recipe} | {name: value for name, value in RECIPES[recipe].items() if name in names}
+        return {"recipe": recipe} | {
+            name: value for name, value in RECIPES[recipe].items() if name in names
+        }
 
     @classmethod
     def defaults(cls, arguments: list[str]) -> Self | None:
@@ -211,7 +245,11 @@ class TrainingOptions:
         recipe = last_value(arguments, "--recipe")
         if not RECIPES.get(recipe):
             return None
-        required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+        required = {
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.default is f.default_factory is dataclasses.MISSING
+        }
         return cls(**dict.fromkeys(required, tyro.MISSING), **cls.preset(recipe))
 
     @property
@@ -230,7 +268,9 @@ class TrainingOptions:
 
     def new_model(self, name: str, classes: Classes) -> SegmentationModel:
         """The network that is to learn, from random weights."""
-        model = create_model(name, classes.num_outputs, drop_path_rate=self.drop_path_rate, dropout=self.dropout)
+        model = create_model(
+            name, classes.num_outputs, drop_path_rate=self.drop_path_rate, dropout=self.dropout
+        )
         model.class_names = classes.output_names
         return model
 
@@ -264,7 +304,9 @@ class StudentOptions(TrainingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.student_weights is not None and self.student_pretrained:
-            raise UserError("--student-pretrained starts from other weights than --student-weights; leave one out")
+            raise UserError(
+                "--student-pretrained starts from other weights than --student-weights; leave one out"
+            )
 
     def find_weights(self) -> None:
         self.student_start()
@@ -312,17 +354,27 @@ class DistillationOptions(StudentOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("embed_weights", "review_kd_loss_weight", "lambda_cwd", "logits_weight", least=0)
+        self.require(
+            "embed_weights", "review_kd_loss_weight", "lambda_cwd", "logits_weight", least=0
+        )
         self.require("temperature", "logits_temperature", above=0)
         if self.embed != 5 and self.embed_weights != DistillationOptions.embed_weights:
-            raise UserError(f"--embed-weights are those of --embed 5; with --embed {self.embed} leave them out")
+            raise UserError(
+                f"--embed-weights are those of --embed 5; with --embed {self.embed} leave them out"
+            )
         if self.logits_temperature != 1.0 and not self.logits_weight:
-            raise UserError(f"{self._flag('logits_temperature')}, of a loss that --logits-weight switches on")
+            raise UserError(
+                f"{self._flag('logits_temperature')}, of a loss that --logits-weight switches on"
+            )
         hcl = self.knowledge_distillation_loss == "hcl"
         if hcl and (self.lambda_cwd, self.temperature) != (1.0, 1.0):
-            raise UserError("--lambda-cwd and --temperature are CWloss's and KL's; hcl has --review-kd-loss-weight")
+            raise UserError(
+                "--lambda-cwd and --temperature are CWloss's and KL's; hcl has --review-kd-loss-weight"
+            )
         if not hcl and self.review_kd_loss_weight != 1.0:
-            raise UserError("--review-kd-loss-weight is hcl's; CWloss and KL have --lambda-cwd and --temperature")
+            raise UserError(
+                "--review-kd-loss-weight is hcl's; CWloss and KL have --lambda-cwd and --temperature"
+            )
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -394,11 +446,16 @@ def pretrained_path(model: str, otherwise: str = "") -> Path:
     """
     path = ROOT / "ckpt_pretrained" / f"{model.replace('segformer', 'mit')}.pth"
     if not path.is_file():
-        raise UserError(f"no ImageNet weights at {path}; ckpt_pretrained/README.md says where to get them" + otherwise)
+        raise UserError(
+            f"no ImageNet weights at {path}; ckpt_pretrained/README.md says where to get them"
+            + otherwise
+        )
     return path
 
 
 def last_value(arguments: list[str], flag: str) -> str:
     """What a flag is given on the command line, the last time; empty if it isn't."""
     words = [word for argument in arguments for word in argument.split("=", 1)]
-    return next((value for name, value in reversed(list(itertools.pairwise(words))) if name == flag), "")
+    return next(
+        (value for name, value in reversed(list(itertools.pairwise(words))) if name == flag), ""
+    )

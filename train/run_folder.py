@@ -19,14 +19,19 @@ import numpy
 import PIL
 import torch
 
-from cli import UserError, writing
-from eval.records import fits, read_json, write_json
+from errors import UserError
+from eval.records import fits
+from files import atomic_write, read_json, write_json
 from train.options import ROOT, TrainingOptions
 
 CHECKPOINTS = ("last.pt", "previous.pt")
 """The checkpoints that a run can be taken up from, the newer one first."""
 
-CHECKPOINT: dict[Any, Any] = {"model": dict, "optimizer": {"param_groups": list}, "state": {...: int | float}}
+CHECKPOINT: dict[Any, Any] = {
+    "model": dict,
+    "optimizer": {"param_groups": list},
+    "state": {...: int | float},
+}
 CHECKPOINT |= {"random": [list], "metadata": {...: str}}
 """What is in them, see `eval.records.fits`; those of earlier versions have no metadata."""
 
@@ -76,7 +81,9 @@ class RunFolder:
                 f"{self.path} already holds a run; add --resume to go on with it, or choose another --output-dir"
             )
         if options.resume and not begun:
-            raise UserError(f"no checkpoint in {self.path} to go on from; leave --resume out to start a run")
+            raise UserError(
+                f"no checkpoint in {self.path} to go on from; leave --resume out to start a run"
+            )
         if not options.resume:
             for name in ("metrics.jsonl", "eval.json"):  # of a run whose checkpoints were removed
                 (self.path / name).unlink(missing_ok=True)
@@ -111,7 +118,7 @@ class RunFolder:
             UserError: it could not be written; the one before is still there.
         """
         path = self.path / ("best.pt" if best else "last.pt")
-        with writing(path) as aside:
+        with atomic_write(path) as aside:
             buffer = io.BytesIO()
             torch.save(content, buffer)
             with aside.open("wb") as file:
@@ -119,7 +126,7 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
             if not best and path.exists():
-                with writing(self.path / "previous.pt") as link:
+                with atomic_write(self.path / "previous.pt") as link:
                     try:
                         link.hardlink_to(path)
                     except OSError:  # a file system without links
@@ -138,9 +145,13 @@ def claim(folder: Path, what: str) -> TextIO:
         # lockf, not flock: data-loading workers that outlive a killed run must not keep its lock
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f"another {what} writes into {folder}; choose another --output-dir") from error
+        raise UserError(
+            f"another {what} writes into {folder}; choose another --output-dir"
+        ) from error
     except OSError as error:
-        raise UserError(f"can't write to {folder} ({error.strerror}); choose another --output-dir") from error
+        raise UserError(
+            f"can't write to {folder} ({error.strerror}); choose another --output-dir"
+        ) from error
     return lock
 
 
@@ -165,20 +176,29 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any]:
             if not fits(content, CHECKPOINT) or CHECKPOINT.keys() - content.keys() - {"metadata"}:
                 raise ValueError("it is another program's")
         except Exception as error:
-            problem = (str(error) or type(error).__name__).splitlines()[0]  # an empty file's error says nothing
+            problem = (str(error) or type(error).__name__).splitlines()[
+                0
+            ]  # an empty file's error says nothing
             problem = problem.split(". ")[0]  # torch's goes on about its flags
             print(f"warning: {path} is damaged ({problem})", file=sys.stderr)
             continue
         if name == "previous.pt":
-            print(f"warning: going on from {path}, step {content['state']['step']}", file=sys.stderr)
+            print(
+                f"warning: going on from {path}, step {content['state']['step']}", file=sys.stderr
+            )
         return content
-    raise UserError(f"no whole checkpoint in {run_dir} to go on from ({problem}); start again in another --output-dir")
+    raise UserError(
+        f"no whole checkpoint in {run_dir} to go on from ({problem}); start again in another --output-dir"
+    )
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """When and with what a run was made: Unix time, command, versions, device, git revision."""
     git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     return {
         "command": sys.argv,
@@ -189,7 +209,9 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "numpy": numpy.__version__,
             "pillow": PIL.__version__,
         },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.machine(),
         "threads": torch.get_num_threads(),
         "revision": git.stdout.strip() or None,
     }

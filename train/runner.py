@@ -17,7 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from cli import MANY, UserError
+from cli import MANY
+from errors import UserError
 from train.engine import Interrupt
 from train.grid import Job, last_record, short
 
@@ -81,7 +82,10 @@ class Runner:
     SHOW_SECONDS = 1.0 if CONSOLE.is_terminal else 60.0
 
     def __init__(
-        self, jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], ended: Callable[[dict[Job, str]], object]
+        self,
+        jobs: Sequence[Job],
+        slots: Sequence[Mapping[str, str]],
+        ended: Callable[[dict[Job, str]], object],
     ) -> None:
         self.places, self.free, self.on_end = len(slots), deque(slots), ended
 
@@ -130,14 +134,21 @@ class Runner:
         if locked := [job for job in self.waiting if job.locked]:
             for job in locked:
                 if job not in self.awaited:
-                    CONSOLE.print(f"{job}: still running, started by another process; waiting for it", markup=False)
+                    CONSOLE.print(
+                        f"{job}: still running, started by another process; waiting for it",
+                        markup=False,
+                    )
             self.awaited.update(locked)
             return
         for job in list(self.waiting):
             teacher = job.teacher
             if teacher in self.failed:
                 self.fail(job, f"its teacher {teacher} failed")
-            elif self.free and teacher not in self.waiting and all(one.job is not teacher for one in self.running):
+            elif (
+                self.free
+                and teacher not in self.waiting
+                and all(one.job is not teacher for one in self.running)
+            ):
                 try:
                     standing = job.standing()
                 except UserError as error:  # the teacher has become another one
@@ -172,7 +183,9 @@ class Runner:
         training = command is not job.evaluation
         started = time.monotonic()
         self.running.append(
-            Running(job=job, slot=slot, process=process, training=training, since=since, started=started)
+            Running(
+                job=job, slot=slot, process=process, training=training, since=since, started=started
+            )
         )
 
     def over(self, one: Running) -> None:
@@ -187,7 +200,11 @@ class Runner:
             return
         self.free.append(one.slot)
         if code:
-            said = [line for line in job.log.read_text(errors="replace").splitlines()[-20:] if line.strip()]
+            said = [
+                line
+                for line in job.log.read_text(errors="replace").splitlines()[-20:]
+                if line.strip()
+            ]
             ended = f"exit code {code}" if code > 0 else signal.strsignal(-code)
             self.fail(job, f"{said[-1]} ({ended}, {short(job.log)})")
             return
@@ -208,13 +225,17 @@ class Runner:
     def summary(self) -> str:
         """How many are done, and roughly how long the rest takes."""
         over = self.planned - len(self.waiting) - len(self.running)
-        text = f"{over} of {self.planned} runs done" + (f", {len(self.failed)} of them failed" if self.failed else "")
+        text = f"{over} of {self.planned} runs done" + (
+            f", {len(self.failed)} of them failed" if self.failed else ""
+        )
         estimates = [(one, one.estimate()) for one in self.running if one.training]
         known = self.took + [estimate[1] for _, estimate in estimates if estimate]
         if known and over < self.planned:
             mean, now = statistics.mean(known), time.monotonic()
             left = sum(e[0] if e else max(0.0, mean - (now - one.started)) for one, e in estimates)
-            left = (left + mean * len(self.waiting)) / min(self.places, len(self.running) + len(self.waiting))
+            left = (left + mean * len(self.waiting)) / min(
+                self.places, len(self.running) + len(self.waiting)
+            )
             hours, minutes = divmod(math.ceil(left / 60), 60)
             text += ", about " + (f"{hours} h " if hours else "") + f"{minutes} min left"
         return text
@@ -247,5 +268,7 @@ def slots(gpus: str, jobs: int) -> list[dict[str, str]]:
         return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
     if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
         return [{} for _ in range(jobs)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))} for _ in range(jobs)]

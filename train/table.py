@@ -58,9 +58,10 @@ from rich.table import Table as RichTable
 from torch import Tensor, nn
 
 import cli
-from cli import UserError, writing
 from datasets import find_layout, synthetic
+from errors import UserError
 from eval.commands import PROTOCOLS
+from files import atomic_write
 from models import create_model
 from models.distillation import Distiller
 from models.distillation.methods import METHODS, PUBLISHED, Settings
@@ -127,7 +128,11 @@ class Spread:
     def of(cls, values: Sequence[float]) -> "Spread | None":
         if not values:
             return None
-        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+        return cls(
+            statistics.mean(values),
+            statistics.stdev(values) if len(values) > 1 else None,
+            len(values),
+        )
 
     def text(self, sign: str = "") -> str:
         return f"{self.mean:{sign}.2f}" + ("" if self.sd is None else f" ± {self.sd:.2f}")
@@ -165,7 +170,9 @@ def size_of(job: Job) -> Size:
         if method is None or not isinstance(options, DistillationOptions):
             return _size(student)
         teacher = create_model(options.teacher_model, outputs)
-        return _size(student, method(student, teacher, None, Settings(options.stages, options.losses())))
+        return _size(
+            student, method(student, teacher, None, Settings(options.stages, options.losses()))
+        )
 
 
 class Step(nn.Module):
@@ -209,7 +216,9 @@ class Result:
 
     def cells(self) -> list[str]:
         row, spread = self.job.row, self.spread
-        seeds = str(len(self.miou)) + (f" of {self.planned}" if len(self.miou) < self.planned else "")
+        seeds = str(len(self.miou)) + (
+            f" of {self.planned}" if len(self.miou) < self.planned else ""
+        )
         return [
             row.label,
             spread.text() if spread else "–",
@@ -217,7 +226,9 @@ class Result:
             self.gain.text("+") if self.gain else "–",
             "–" if row.published is None else f"{row.published:.2f}",
             *size_of(self.job).texts(),
-            " to ".join(f"{step:,}" for step in sorted({min(self.steps), max(self.steps)})) if self.steps else "–",
+            " to ".join(f"{step:,}" for step in sorted({min(self.steps), max(self.steps)}))
+            if self.steps
+            else "–",
         ]
 
     def condition_cells(self, names: Sequence[str]) -> list[str]:
@@ -234,7 +245,11 @@ class Result:
             "baseline": row.baseline or None,
             "gain": self.gain and asdict(self.gain),
             "published": row.published,
-            "conditions": {name: asdict(s) for name, v in self.conditions.items() if (s := Spread.of([*v.values()]))},
+            "conditions": {
+                name: asdict(s)
+                for name, v in self.conditions.items()
+                if (s := Spread.of([*v.values()]))
+            },
             **asdict(size_of(self.job)),
             "steps": self.steps,
             "failed": self.failed,
@@ -248,7 +263,8 @@ def results(jobs: Sequence[Job], failed: Mapping[Job, str]) -> list[Result]:
     for job in jobs:
         rows.setdefault(job.row.name, []).append(job)
     miou = {
-        name: {job.seed: 100 * scores[job]["mean_iou"] for job in row if job in scores} for name, row in rows.items()
+        name: {job.seed: 100 * scores[job]["mean_iou"] for job in row if job in scores}
+        for name, row in rows.items()
     }
     table = []
     for name, row in rows.items():
@@ -263,8 +279,14 @@ def results(jobs: Sequence[Job], failed: Mapping[Job, str]) -> list[Result]:
                 job=row[0],
                 miou=miou[name],
                 conditions=conditions,
-                gain=Spread.of([value - alone[seed] for seed, value in miou[name].items() if seed in alone]),
-                steps=[r["step"] for job in row if job in scores and job.options and (r := last_record(job.folder))],
+                gain=Spread.of(
+                    [value - alone[seed] for seed, value in miou[name].items() if seed in alone]
+                ),
+                steps=[
+                    r["step"]
+                    for job in row
+                    if job in scores and job.options and (r := last_record(job.folder))
+                ],
                 planned=len(row),
                 failed={job.seed: failed[job] for job in row if job in failed},
             )
@@ -282,7 +304,11 @@ class Table:
 
     def parts(self, rows: Sequence[Result]) -> list[tuple[list[str], list[list[str]]]]:
         """The table, and one by condition where the data set has them: heads and rows of cells."""
-        shown = [i for i, head in enumerate(HEADS) if head != "published" or any(r.job.row.published for r in rows)]
+        shown = [
+            i
+            for i, head in enumerate(HEADS)
+            if head != "published" or any(r.job.row.published for r in rows)
+        ]
         cells = [row.cells() for row in rows]
         parts = [([HEADS[i] for i in shown], [[row[i] for i in shown] for row in cells])]
         if names := list(dict.fromkeys(name for row in rows for name in row.conditions)):
@@ -300,11 +326,22 @@ class Table:
             f"Mean IoU of the {self.grid.weights} weights over the classes that occur in {measure['subset']}, "
             f"{PROTOCOLS[measure['protocol']]}.",
             *(note.format(*IMAGE) for note in NOTES),
-            *(f"\n{row.job.row.name} seed {seed} failed: {why}" for row in rows for seed, why in row.failed.items()),
+            *(
+                f"\n{row.job.row.name} seed {seed} failed: {why}"
+                for row in rows
+                for seed, why in row.failed.items()
+            ),
         ]
-        content = {"title": self.grid.title, "evaluation": measure, "rows": [row.as_json() for row in rows]}
-        for name, written in (("table.md", "\n".join(text)), ("table.json", json.dumps(content, indent=2))):
-            with writing(self.folder / name) as aside:
+        content = {
+            "title": self.grid.title,
+            "evaluation": measure,
+            "rows": [row.as_json() for row in rows],
+        }
+        for name, written in (
+            ("table.md", "\n".join(text)),
+            ("table.json", json.dumps(content, indent=2)),
+        ):
+            with atomic_write(self.folder / name) as aside:
                 aside.write_text(written + "\n", encoding="utf-8")
         return rows
 
@@ -331,7 +368,11 @@ def chosen(jobs: Sequence[Job], only: Sequence[str], seeds: Sequence[int]) -> li
     rows = dict.fromkeys(job.row.name for job in jobs)
     if unknown := [name for name in only if name not in rows]:
         raise UserError(f"--only: no row is called {unknown[0]!r}; choose from {', '.join(rows)}")
-    found = [j for j in jobs if (not only or j.row.name in only) and (j.row.seeds is not None or j.seed in seeds)]
+    found = [
+        j
+        for j in jobs
+        if (not only or j.row.name in only) and (j.row.seeds is not None or j.seed in seeds)
+    ]
     for job in found:  # grows on the way: teachers have teachers
         if job.teacher is not None and job.teacher not in found:
             found.append(job.teacher)
@@ -352,7 +393,9 @@ def main(options: Options) -> None:
     elif not datadir.is_dir():
         raise UserError(f"no folder {datadir}; name the data set's folder by --datadir")
     seeds = options.seeds or grid.seeds
-    jobs = plan(replace(grid, seeds=tuple(sorted({*seeds, *seeds_on_disk(grid, output)}))), datadir, output)
+    jobs = plan(
+        replace(grid, seeds=tuple(sorted({*seeds, *seeds_on_disk(grid, output)}))), datadir, output
+    )
     selected = chosen(jobs, options.only, seeds)
     if options.dry_run:
         if scenes is not None:

@@ -15,6 +15,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
 import cli
+from errors import UserError
 from models.distillation import Distiller
 from models.factory import MODELS
 from train.engine import start, train
@@ -40,7 +41,9 @@ class Options(TrainingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.from_scratch and self.teacher_weights is not None:
-            raise cli.UserError("--from-scratch starts from no weights; leave it or --teacher-weights out")
+            raise UserError(
+                "--from-scratch starts from no weights; leave it or --teacher-weights out"
+            )
 
     def find_weights(self) -> None:
         self.teacher_start()

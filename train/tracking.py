@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torch import Tensor, nn
 
-from cli import UserError, writing
 from datasets import SceneDataset
 from datasets.transforms import to_float
+from errors import UserError
 from eval.records import read_records
 from eval.rendering import colorize
+from files import atomic_write
 from train.dashboard import Dashboard, tensorboard_writer
 from train.distributed import Ranks
 from train.options import TrainingOptions
@@ -49,12 +50,19 @@ class Tracker:
     LINE_SECONDS = 10.0  # without a terminal, a line at most this often
 
     def __init__(
-        self, options: TrainingOptions, ranks: Ranks, total_steps: int, start_step: int, device: torch.device
+        self,
+        options: TrainingOptions,
+        ranks: Ranks,
+        total_steps: int,
+        start_step: int,
+        device: torch.device,
     ) -> None:
         self.ranks, self.device = ranks, device
         self.total_steps, self.step, self.log_every = total_steps, start_step, options.steps_loss
         self.names: list[str] = []
-        self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, losses on the device, image indices
+        self.pending: list[
+            tuple[int, Tensor, Tensor]
+        ] = []  # step, losses on the device, image indices
         self.images = self.steps_here = 0
         self.clock = self.started = time.perf_counter()
         self.training = 0.0  # seconds, without validation
@@ -62,12 +70,18 @@ class Tracker:
         self.file: FileIO | None = None
         self.writer: Any = None
         self.dashboard: Dashboard | None = None
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(20), console=CONSOLE, transient=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(20), console=CONSOLE, transient=True
+        )
         self.task: TaskID | None = None
         if ranks.first:
             path = options.run_dir / "metrics.jsonl"
-            kept = [record for record in read_records(path) if record["step"] <= start_step] if path.exists() else []
-            with writing(path) as aside:
+            kept = (
+                [record for record in read_records(path) if record["step"] <= start_step]
+                if path.exists()
+                else []
+            )
+            with atomic_write(path) as aside:
                 aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
             self.file = path.open("ab", buffering=0)
             if options.visualize:
@@ -91,7 +105,9 @@ class Tracker:
     def add(self, losses: dict[str, Tensor], indices: Tensor) -> None:
         """Remember the losses of one batch."""
         self.names = list(losses)
-        self.pending.append((self.step + 1, torch.stack([loss.detach() for loss in losses.values()]), indices))
+        self.pending.append(
+            (self.step + 1, torch.stack([loss.detach() for loss in losses.values()]), indices)
+        )
 
     def stepped(self, epoch: int, lr: float) -> None:
         """Count a step; the first one and every `--steps-loss`-th are logged."""
@@ -109,15 +125,25 @@ class Tracker:
         if not self.pending:
             return
         values = torch.stack([losses for _, losses, _ in self.pending])  # (batches, terms)
-        if self.ranks.any(not math.isfinite(values.sum().item())):  # the one moment at which the host waits
+        if self.ranks.any(
+            not math.isfinite(values.sum().item())
+        ):  # the one moment at which the host waits
             self._find_not_finite()
-        means = dict(zip(self.names, self.ranks.mean(values.double().mean(0)).tolist(), strict=True))
+        means = dict(
+            zip(self.names, self.ranks.mean(values.double().mean(0)).tolist(), strict=True)
+        )
         means["total"] = sum(means.values())
         now = time.perf_counter()
         images = self.ranks.world_size * sum(len(indices) for _, _, indices in self.pending)
         self.images += images
         self.training += now - self.clock
-        self.record("train", epoch, lr=lr, losses=means, images_per_second=round(images / (now - self.clock), 3))
+        self.record(
+            "train",
+            epoch,
+            lr=lr,
+            losses=means,
+            images_per_second=round(images / (now - self.clock), 3),
+        )
         if self.writer is not None:
             for name, value in means.items():
                 self.writer.add_scalar(f"loss/{name}", value, self.step)

@@ -16,7 +16,9 @@ NEAR, FAR = 0.7, 130.0  # metres
 LEFT, RIGHT = SIDES = (-1, 1)
 CAST, CONTACT = 140, 255  # how dark the sun's shadows are, and those under and close around things
 
-Point = tuple[float, float, float]  # x to the right of the road's middle, y up from the ground, z ahead; metres
+Point = tuple[
+    float, float, float
+]  # x to the right of the road's middle, y up from the ground, z ahead; metres
 Flat = tuple[float, float]
 Outline = list[Flat]
 
@@ -54,7 +56,9 @@ def plane(a: Point, b: Point, c: Point) -> tuple[Point, float]:
     (x0, y0, z0), (x1, y1, z1), (x2, y2, z2) = a, b, c
     ax, ay, az, bx, by, bz = x1 - x0, y1 - y0, z1 - z0, x2 - x0, y2 - y0, z2 - z0
     nx, ny, nz = ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
-    length = math.copysign(math.sqrt(nx * nx + ny * ny + nz * nz) or 1.0, nx * x0 + ny * y0 + nz * z0)
+    length = math.copysign(
+        math.sqrt(nx * nx + ny * ny + nz * nz) or 1.0, nx * x0 + ny * y0 + nz * z0
+    )
     nx, ny, nz = nx / length, ny / length, nz / length
     return (nx, ny, nz), nx * x0 + ny * y0 + nz * z0
 
@@ -86,11 +90,16 @@ class Canvas(Dice):
         self.height, self.width, self.size = height, width, (width, height)
         self.focal, self.centre = width * self.uniform(0.68, 0.95), width * self.uniform(0.42, 0.58)
         self.horizon = height / 2 - width * self.uniform(0.0, 0.05)
-        self.eye, self.at = self.uniform(1.25, 1.7), 0.0  # the camera's height, and its place across the road
+        self.eye, self.at = (
+            self.uniform(1.25, 1.7),
+            0.0,
+        )  # the camera's height, and its place across the road
         self.bend = self.chance(0.5) * rng.normal(0, 0.0009)  # of the road: x shifts by bend * z²
         self.set_weather(weather)
         self.ids, self.veils, self.shadows = (Image.new(mode, self.size) for mode in "IIL")
-        self.draw_ids, self.draw_veils, self.draw_shadows = map(ImageDraw.Draw, (self.ids, self.veils, self.shadows))
+        self.draw_ids, self.draw_veils, self.draw_shadows = map(
+            ImageDraw.Draw, (self.ids, self.veils, self.shadows)
+        )
         self.faces = [EMPTY]
         self.lamps: list[Point] = []  # in camera coordinates
         self.sunny = 1.0  # how much of the sun reaches what is painted next
@@ -100,13 +109,23 @@ class Canvas(Dice):
         fine = self.pick(("sunny", "sunny", "overcast"))
         name = fine if weather == "clear" else weather
         sky = SKIES[name]
-        bright, azimuth, high = self.uniform(0.85, 1.15), self.uniform(0, 2 * math.pi), self.uniform(0.3, 1.1)
-        self.air, self.zenith, self.ambient = np.array(rgb(sky.colours), np.float32) * np.float32(bright)
+        bright, azimuth, high = (
+            self.uniform(0.85, 1.15),
+            self.uniform(0, 2 * math.pi),
+            self.uniform(0.3, 1.1),
+        )
+        self.air, self.zenith, self.ambient = np.array(rgb(sky.colours), np.float32) * np.float32(
+            bright
+        )
         warm = self.uniform(-0.08, 0.12) + 0.14 * (high < 0.5)
         self.sunlight = np.array((1 + warm, 1, 1 - warm), np.float32) * np.float32(sky.sun * bright)
         self.sun_casts_shadows = name == "sunny"
         # Towards the sun, in camera coordinates: x right, y down, z ahead.
-        self.sun = (math.cos(high) * math.cos(azimuth), -math.sin(high), math.cos(high) * math.sin(azimuth))
+        self.sun = (
+            math.cos(high) * math.cos(azimuth),
+            -math.sin(high),
+            math.cos(high) * math.sin(azimuth),
+        )
         self.clouds, self.fog = self.uniform(*sky.clouds), self.uniform(*sky.fog)
         damp = self.chance(0.4)
         self.wet = 0.75 if name == "rain" else 0.4 * (damp and self.night)
@@ -134,7 +153,13 @@ class Canvas(Dice):
     # Painting.
 
     def face(
-        self, points: Sequence[Point], colour: Colour, label: int, *, inside: Point | None = None, **kind: Any
+        self,
+        points: Sequence[Point],
+        colour: Colour,
+        label: int,
+        *,
+        inside: Point | None = None,
+        **kind: Any,
     ) -> bool:
         """Paint a flat polygon over what is there; `kind` are fields of `Face`.
 
@@ -162,42 +187,88 @@ class Canvas(Dice):
         return True
 
     def upright(
-        self, x0: float, x1: float, y0: float, y1: float, z: float, colour: Colour, label: int, **kind: Any
+        self,
+        x0: float,
+        x1: float,
+        y0: float,
+        y1: float,
+        z: float,
+        colour: Colour,
+        label: int,
+        **kind: Any,
     ) -> None:
         """A rectangle that faces the camera."""
         self.face([(x0, y0, z), (x1, y0, z), (x1, y1, z), (x0, y1, z)], colour, label, **kind)
 
     def along(
-        self, x: float, z0: float, z1: float, y0: float, y1: float, colour: Colour, label: int, **kind: Any
+        self,
+        x: float,
+        z0: float,
+        z1: float,
+        y0: float,
+        y1: float,
+        colour: Colour,
+        label: int,
+        **kind: Any,
     ) -> None:
         """An upright rectangle along the road."""
         self.face([(x, y0, z0), (x, y0, z1), (x, y1, z1), (x, y1, z0)], colour, label, **kind)
 
-    def rod(self, start: Flat, end: Flat, z: float, thick: float, colour: Colour, label: int, **kind: Any) -> None:
+    def rod(
+        self,
+        start: Flat,
+        end: Flat,
+        z: float,
+        thick: float,
+        colour: Colour,
+        label: int,
+        **kind: Any,
+    ) -> None:
         """A straight rod, as a rectangle that faces the camera."""
         (x0, y0), (x1, y1) = start, end
         k = thick / 2 / (math.hypot(x1 - x0, y1 - y0) or 1.0)
         dx, dy = (y0 - y1) * k, (x1 - x0) * k
-        corners = [(x0 + dx, y0 + dy, z), (x1 + dx, y1 + dy, z), (x1 - dx, y1 - dy, z), (x0 - dx, y0 - dy, z)]
+        corners = [
+            (x0 + dx, y0 + dy, z),
+            (x1 + dx, y1 + dy, z),
+            (x1 - dx, y1 - dy, z),
+            (x0 - dx, y0 - dy, z),
+        ]
         self.face(corners, colour, label, **kind)
 
     def disc(
-        self, middle: Point, radii: Flat, corners: int, colour: Colour, label: int, turn: float = 0.0, **kind: Any
+        self,
+        middle: Point,
+        radii: Flat,
+        corners: int,
+        colour: Colour,
+        label: int,
+        turn: float = 0.0,
+        **kind: Any,
     ) -> None:
         """A polygon with its corners on an ellipse, those of plants about it, that faces the camera."""
         (x, y, z), (rx, ry) = middle, radii
         ragged = label == VEGETATION
-        factors = (1 + 0.36 * (self.rng.random(corners) - 0.6)).tolist() if ragged else [1.0] * corners
+        factors = (
+            (1 + 0.36 * (self.rng.random(corners) - 0.6)).tolist() if ragged else [1.0] * corners
+        )
         angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
-        ring = [(x + rx * r * math.cos(t), y + ry * r * math.sin(t), z) for r, t in zip(factors, angles, strict=True)]
+        ring = [
+            (x + rx * r * math.cos(t), y + ry * r * math.sin(t), z)
+            for r, t in zip(factors, angles, strict=True)
+        ]
         self.face(ring, colour, label, **kind)
 
-    def strip(self, x0: float, x1: float, z0: float, z1: float, colour: Colour, label: int, **kind: Any) -> None:
+    def strip(
+        self, x0: float, x1: float, z0: float, z1: float, colour: Colour, label: int, **kind: Any
+    ) -> None:
         """A piece of ground along the road, following its bend."""
         z0 = max(z0, NEAR)
         if z1 > z0:
             zs = np.geomspace(z0, z1, 12 if self.bend and z1 - z0 > 5 else 2).tolist()
-            self.face([(x0, 0, z) for z in zs] + [(x1, 0, z) for z in reversed(zs)], colour, label, **kind)
+            self.face(
+                [(x0, 0, z) for z in zs] + [(x1, 0, z) for z in reversed(zs)], colour, label, **kind
+            )
 
     # Shadows.
 
@@ -217,7 +288,10 @@ class Canvas(Dice):
             self.darken(cast, CAST)
         if contact:
             mx, mz = sum(x for x, _, _ in foot) / len(foot), sum(z for _, _, z in foot) / len(foot)
-            close = [(x + math.copysign(contact, x - mx), 0.0, z + math.copysign(contact, z - mz)) for x, _, z in foot]
+            close = [
+                (x + math.copysign(contact, x - mx), 0.0, z + math.copysign(contact, z - mz))
+                for x, _, z in foot
+            ]
             self.darken(close, CONTACT)
 
     def stand(self, x: float, z: float, wide: float = 0.0, tall: float = 0.0) -> None:

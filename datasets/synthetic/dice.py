@@ -33,7 +33,11 @@ class Dice:
         if self.chance(odd):
             red, green, blue = (self.rng.random(3) * 0.6 + 0.1).tolist()
         factor = 1 + self.uniform(-spread, spread)
-        return (red * factor + self.uniform(-0.02, 0.02), green * factor, blue * factor + self.uniform(-0.02, 0.02))
+        return (
+            red * factor + self.uniform(-0.02, 0.02),
+            green * factor,
+            blue * factor + self.uniform(-0.02, 0.02),
+        )
 
     def paint(self) -> Colour:
         """A colour that people give to things."""

@@ -19,6 +19,8 @@ def draw_scene(
     Street(c).paint()
     pixels = Pixels(c)
     pixels.shade()
-    image = np.asarray(as_image(pixels.colour * np.float32(c.uniform(0.95, 1.2))).reduce(2), np.float32)
+    image = np.asarray(
+        as_image(pixels.colour * np.float32(c.uniform(0.95, 1.2))).reduce(2), np.float32
+    )
     image = image + rng.standard_normal((height, width, 1), np.float32) * c.uniform(1.5, 4.5)
     return np.clip(image, 0, 255).astype(np.uint8), np.ascontiguousarray(pixels.labels[::2, ::2])

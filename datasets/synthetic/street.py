@@ -30,7 +30,16 @@ from datasets.synthetic.palette import (
     WALL,
     WHITE,
 )
-from datasets.synthetic.things import bush, clutter, cycle, lamp_post, person, traffic_light, traffic_sign, tree
+from datasets.synthetic.things import (
+    bush,
+    clutter,
+    cycle,
+    lamp_post,
+    person,
+    traffic_light,
+    traffic_sign,
+    tree,
+)
 from datasets.synthetic.vehicles import car, coach, truck
 
 
@@ -40,17 +49,28 @@ class Street:
     def __init__(self, c: Canvas):
         self.c = c
         self.things: list[tuple[float, Callable[[], None]]] = []  # depth, and what draws it
-        self.taken: list[tuple[float, float, float, float]] = []  # pieces of ground: left, right, near, far
+        self.taken: list[
+            tuple[float, float, float, float]
+        ] = []  # pieces of ground: left, right, near, far
         self.urban, self.busy = c.uniform(0, 1) ** 0.7, c.uniform(0.3, 1.0)
-        self.lanes, green, self.lane = c.pick((1, 1, 1, 2)), 1 - self.urban, c.uniform(2.9, 3.7)  # lanes each way
+        self.lanes, green, self.lane = (
+            c.pick((1, 1, 1, 2)),
+            1 - self.urban,
+            c.uniform(2.9, 3.7),
+        )  # lanes each way
         # Left and right, how far from the middle of the road its lanes end, the strip for parking, the green verge,
         # the sidewalk, and the front gardens.
         self.road = self.lane * self.lanes
         self.parking = {side: c.chance(0.5 - 0.1 * side) for side in SIDES}
         self.kerb = {side: self.road + 2.2 * self.parking[side] for side in SIDES}
-        self.verge = {side: self.kerb[side] + c.uniform(1.2, 3.0) * c.chance(0.15 + 0.5 * green) for side in SIDES}
+        self.verge = {
+            side: self.kerb[side] + c.uniform(1.2, 3.0) * c.chance(0.15 + 0.5 * green)
+            for side in SIDES
+        }
         self.walk = {side: self.verge[side] + c.uniform(1.8, 4.5) for side in SIDES}
-        self.front = {side: self.walk[side] + c.uniform(2, 8) * c.chance(0.1 + green) for side in SIDES}
+        self.front = {
+            side: self.walk[side] + c.uniform(2, 8) * c.chance(0.1 + green) for side in SIDES
+        }
         self.crossed = c.chance(0.6)
         self.crossing = c.uniform(12, 50) if self.crossed else 999.0  # from here to `beyond`
         self.beyond = self.crossing + c.uniform(7, 12)
@@ -75,7 +95,9 @@ class Street:
     def free(self, x: float, z: float, half: float, deep: float) -> bool:
         """Claim a piece of ground, unless something stands there."""
         left, right, near, far = x - half, x + half, z - deep, z + deep
-        if any(left < x1 and x0 < right and near < z1 and z0 < far for x0, x1, z0, z1 in self.taken):
+        if any(
+            left < x1 and x0 < right and near < z1 and z0 < far for x0, x1, z0, z1 in self.taken
+        ):
             return False
         self.taken.append((left, right, near, far))
         return True
@@ -95,8 +117,17 @@ class Street:
         c = self.c
         grass, slab, grey = c.tone(GRASS), c.tone(SLABS), c.uniform(0.3, 0.5)
         turf: dict[str, Any] = {"label": TERRAIN, "rough": 0.3, "grain": 6}
-        tar: dict[str, Any] = {"label": ROAD, "rough": c.uniform(0.05, 0.14), "grain": c.pick((5.0, 20.0))}
-        slabs: dict[str, Any] = {"label": SIDEWALK, "rough": 0.1, "pattern": BLOCKS, "second": c.tone([slab], 0.3)}
+        tar: dict[str, Any] = {
+            "label": ROAD,
+            "rough": c.uniform(0.05, 0.14),
+            "grain": c.pick((5.0, 20.0)),
+        }
+        slabs: dict[str, Any] = {
+            "label": SIDEWALK,
+            "rough": 0.1,
+            "pattern": BLOCKS,
+            "second": c.tone([slab], 0.3),
+        }
         slabs["params"] = (c.uniform(0.3, 1.0), c.uniform(0.3, 1.0), 0.06, 0)
         c.strip(-400, 400, NEAR, 400, grass, **turf)
         for side in SIDES:
@@ -143,7 +174,9 @@ class Street:
             if what == VEGETATION:
                 for i in range(int(wide / 4)):
                     tall = c.uniform(4, 9)
-                    c.disc((x + 4 * i, 3, FAR - 1), (5, tall), 10, c.tone(LEAF), VEGETATION, rough=0.4)
+                    c.disc(
+                        (x + 4 * i, 3, FAR - 1), (5, tall), 10, c.tone(LEAF), VEGETATION, rough=0.4
+                    )
             elif what == BUILDING:
                 c.upright(x, x + wide, 0, c.uniform(5, 22), FAR, colour, BUILDING, **windows)
             else:
@@ -171,12 +204,19 @@ class Street:
         c, x, edge = self.c, side * self.front[side], side * self.walk[side]
         built, pitched = c.chance(0.4 + 0.6 * self.urban), c.chance(1 - self.urban)
         if built:
-            x, back = x + side * c.uniform(0, 5) * pitched, end - c.uniform(0.5, 3) * c.chance(1.1 - self.urban)
-            c.shadow([(x, 0, z), (x, 0, back), (x + side * 10, 0, back), (x + side * 10, 0, z)], tall)
+            x, back = (
+                x + side * c.uniform(0, 5) * pitched,
+                end - c.uniform(0.5, 3) * c.chance(1.1 - self.urban),
+            )
+            c.shadow(
+                [(x, 0, z), (x, 0, back), (x + side * 10, 0, back), (x + side * 10, 0, z)], tall
+            )
             self.add(end, house, x, z, back, side, tall, pitched)
         else:
             for _ in c.times(2, 5):
-                self.add(end - 0.1, tree, x + side * c.uniform(1, 12), c.uniform(max(z, 2), max(end, 3)))
+                self.add(
+                    end - 0.1, tree, x + side * c.uniform(1, 12), c.uniform(max(z, 2), max(end, 3))
+                )
         if built and self.front[side] == self.walk[side]:
             return
         what = c.pick((WALL, WALL, FENCE, FENCE, VEGETATION, TERRAIN))
@@ -205,7 +245,9 @@ class Street:
                 x, roll = (lane + 0.5) * self.lane + c.uniform(-0.3, 0.3), c.uniform(0, 1)
                 heading = (0.0 if lane >= 0 else math.pi) + c.uniform(-0.04, 0.04)
                 if roll < 0.22 and self.free(x, z, 0.5, 1.2):
-                    self.add(z, cycle, x + c.uniform(0, 0.8), z, c.pick((MOTORCYCLE, BICYCLE)), True)
+                    self.add(
+                        z, cycle, x + c.uniform(0, 0.8), z, c.pick((MOTORCYCLE, BICYCLE)), True
+                    )
                 elif 0.22 < roll < 0.36 and self.free(x, z + 5, 1.4, 8):
                     if c.pick((BUS, TRUCK)) == BUS:
                         self.add(z - 1, coach, x, z + 5, heading, BUS)
@@ -233,7 +275,10 @@ class Street:
             x = side * (self.kerb[side] + 0.45)
             trees = side * max((self.kerb[side] + self.verge[side]) / 2, self.kerb[side] + 0.7)
             row = [(lamp_post, x, z) for z in self.spots(c.uniform(5, 16), 90, 20, 26)]
-            row += [(c.pick((traffic_sign, traffic_sign, clutter)), x, c.uniform(5, 45)) for _ in c.times(0, 5)]
+            row += [
+                (c.pick((traffic_sign, traffic_sign, clutter)), x, c.uniform(5, 45))
+                for _ in c.times(0, 5)
+            ]
             if self.verge[side] > self.kerb[side] or c.chance(0.2):
                 row += [(tree, trees, z) for z in self.spots(c.uniform(7, 16), 80, 7, 13)]
             for draw, at, z in row:

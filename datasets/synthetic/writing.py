@@ -16,10 +16,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-import cli
 from datasets.classes import CITYSCAPES
 from datasets.synthetic.scene import draw_scene
 from datasets.synthetic.weather import WEATHERS
+from errors import UserError
+from files import atomic_write
 
 GENERATOR = 1  # raise it when the same settings give other pictures
 CITIES = {"train": ("altstadt", "neustadt", "weststadt"), "val": ("hafen",)}
@@ -64,15 +65,30 @@ def scenes(options: Options) -> list[Scene]:
         for weather, i in itertools.product(WEATHERS[1:] if acdc else WEATHERS[:1], range(count)):
             if acdc:
                 # no two drives have one name: the benchmark server wants all images in one folder
-                number = 1000 * WEATHERS.index(weather) + i // 100 + (1 if split == "train" else 501)
+                number = (
+                    1000 * WEATHERS.index(weather) + i // 100 + (1 if split == "train" else 501)
+                )
                 drive = f"GOPR{number:04}"
                 stem = f"{weather}/{split}/{drive}/{drive}_frame_{41 + i % 100 * 10:06}"
-                image, label = root / f"rgb_anon/{stem}_rgb_anon.png", root / f"gt/{stem}_gt_{kind}.png"
+                image, label = (
+                    root / f"rgb_anon/{stem}_rgb_anon.png",
+                    root / f"gt/{stem}_gt_{kind}.png",
+                )
             else:
                 city = CITIES[split][i % len(CITIES[split])]
                 stem = f"{split}/{city}/{city}_{i:06}_000019"
-                image, label = root / f"leftImg8bit/{stem}_leftImg8bit.png", root / f"gtFine/{stem}_gtFine_{kind}.png"
-            found.append(Scene(image, label, weather, (options.seed, int(split == "val"), WEATHERS.index(weather), i)))
+                image, label = (
+                    root / f"leftImg8bit/{stem}_leftImg8bit.png",
+                    root / f"gtFine/{stem}_gtFine_{kind}.png",
+                )
+            found.append(
+                Scene(
+                    image,
+                    label,
+                    weather,
+                    (options.seed, int(split == "val"), WEATHERS.index(weather), i),
+                )
+            )
     return found
 
 
@@ -83,14 +99,16 @@ def draw_files(scene: Scene, height: int, width: int, label_ids: bool) -> None:
         labels = np.take(np.array(CITYSCAPES.label_ids, np.uint8), labels, mode="clip")
     for path, pixels in ((scene.label, labels), (scene.image, image)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with cli.writing(path) as aside:
+        with atomic_write(path) as aside:
             Image.fromarray(pixels).save(aside, format="PNG")
 
 
-def write_dataset(root: Path | str, dataset: Literal["cityscapes", "ACDC"] = "cityscapes", **settings: Any) -> Path:
+def write_dataset(
+    root: Path | str, dataset: Literal["cityscapes", "ACDC"] = "cityscapes", **settings: Any
+) -> Path:
     """Draw the data set that `Options(root, dataset, **settings)` describes, and return its root.
 
-    Files that are there already stay. Raises `cli.UserError` if `root` holds anything but this very data set
+    Files that are there already stay. Raises `UserError` if `root` holds anything but this very data set
     (whose settings stand in its `dataset.json`), and for counts and sizes that make no sense.
     """
     return draw_dataset(Options(Path(root), dataset, **settings), progress=False)
@@ -105,7 +123,12 @@ def draw_dataset(options: Options, progress: bool) -> Path:
     for i, _ in enumerate(draw_all(todo, options), 1):
         if progress and (i == len(todo) or (i % 10 == 0 and sys.stderr.isatty())):
             rate, end = i / (time.perf_counter() - start), "\n" if i == len(todo) else ""
-            print(f"\r{i} of {len(todo)} scenes drawn, {rate:.1f} a second ", end=end, file=sys.stderr, flush=True)
+            print(
+                f"\r{i} of {len(todo)} scenes drawn, {rate:.1f} a second ",
+                end=end,
+                file=sys.stderr,
+                flush=True,
+            )
     if progress:
         print(f"{options.output}: {len(wanted)} scenes, {len(todo)} of them new")
     return options.output
@@ -113,21 +136,31 @@ def draw_dataset(options: Options, progress: bool) -> Path:
 
 def check(options: Options) -> None:
     numbers, workers = (options.train, options.val, options.seed), options.workers
-    if min(options.height, options.width) < 32 or min(numbers) < 0 or (workers is not None and workers < 1):
-        raise cli.UserError("height and width start at 32, train, val and seed at 0, workers at 1; choose larger ones")
+    if (
+        min(options.height, options.width) < 32
+        or min(numbers) < 0
+        or (workers is not None and workers < 1)
+    ):
+        raise UserError(
+            "height and width start at 32, train, val and seed at 0, workers at 1; choose larger ones"
+        )
     if options.dataset not in ("cityscapes", "ACDC"):
-        raise cli.UserError(f"there is no data set {options.dataset!r}; choose cityscapes or ACDC")
+        raise UserError(f"there is no data set {options.dataset!r}; choose cityscapes or ACDC")
 
 
 def claim(options: Options) -> None:
     """Write the settings into the folder, unless something else is there."""
     root = options.output
-    settings = {key: value for key, value in asdict(options).items() if key not in ("output", "workers")}
+    settings = {
+        key: value for key, value in asdict(options).items() if key not in ("output", "workers")
+    }
     text = json.dumps({"generator": GENERATOR, **settings}, indent=2) + "\n"
     note = root / "dataset.json"
     empty = not root.exists() or (root.is_dir() and not any(root.iterdir()))
     if not empty and not (note.is_file() and note.read_text() == text):
-        raise cli.UserError(f"{root} holds something else than this data set; empty it or choose another folder")
+        raise UserError(
+            f"{root} holds something else than this data set; empty it or choose another folder"
+        )
     if empty:
         root.mkdir(parents=True, exist_ok=True)
         note.write_text(text)
@@ -135,7 +168,9 @@ def claim(options: Options) -> None:
 
 def draw_all(todo: list[Scene], options: Options) -> Iterator[None]:
     """Draw the scenes, and yield after each."""
-    draw = partial(draw_files, height=options.height, width=options.width, label_ids=options.label_ids)
+    draw = partial(
+        draw_files, height=options.height, width=options.width, label_ids=options.label_ids
+    )
     processes = options.workers or min(os.cpu_count() or 1, 1 + len(todo) // 64)
     if processes == 1:
         yield from map(draw, todo)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 class StageFusion(nn.Module):
     """One stage: squeeze to `mid` channels, fuse with the deeper stage's map, expand to the teacher's width."""
 
-    def __init__(self, student_channels: int, teacher_channels: int, *, mid: int = 64, fuses: bool = True) -> None:
+    def __init__(
+        self, student_channels: int, teacher_channels: int, *, mid: int = 64, fuses: bool = True
+    ) -> None:
         super().__init__()
         squeeze = nn.Conv2d(student_channels, mid, 1, bias=False)
         expand = nn.Conv2d(mid, teacher_channels, 3, padding=1, bias=False)
@@ -48,7 +50,9 @@ class SelectiveKernelFusion(StageFusion):
 
     def add_gates(self, mid: int) -> None:
         reduced = mid // 2
-        self.fc = nn.Sequential(nn.Conv2d(mid, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU())
+        self.fc = nn.Sequential(
+            nn.Conv2d(mid, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU()
+        )
         # A batch of one leaves BatchNorm a single value per channel and nothing to normalise; the published
         # code then takes this squeeze, with weights of its own.
         self.fc1 = nn.Sequential(nn.Conv2d(mid, reduced, 1, bias=False), nn.ReLU())
@@ -71,7 +75,9 @@ class TopDownFusion(nn.Module):
     def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int]) -> None:
         super().__init__()
         pairs = list(zip(student_channels, teacher_channels, strict=True))[::-1]
-        stages = nn.ModuleList(self.stage(c_s, c_t, fuses=i > 0) for i, (c_s, c_t) in enumerate(pairs))
+        stages = nn.ModuleList(
+            self.stage(c_s, c_t, fuses=i > 0) for i, (c_s, c_t) in enumerate(pairs)
+        )
         self.add_module(self.stored_as, stages)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -42,4 +42,7 @@ class ChannelWiseFeatures(Distiller):
         self, images: Tensor, student: SegmentationOutput, teacher: SegmentationOutput
     ) -> dict[str, Tensor]:
         projected = self.projection(student.features[-1])
-        return {"cwd": self.weight * channel_wise_divergence([projected], [teacher.features[-1]], self.temperature)}
+        return {
+            "cwd": self.weight
+            * channel_wise_divergence([projected], [teacher.features[-1]], self.temperature)
+        }

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cli import UserError
+from errors import UserError
 from models.base import SegmentationModel, SegmentationOutput
 from models.distillation.losses import (
     cross_entropy,
@@ -44,7 +44,9 @@ class Distiller(nn.Module):
         UserError: the teacher is narrower than the student, and there is a fusion or an alignment.
     """
 
-    needs_teacher_logits = False  # TransKD's losses don't; without them the teacher's decode head does not run
+    needs_teacher_logits = (
+        False  # TransKD's losses don't; without them the teacher's decode head does not run
+    )
     class_weights: Tensor
     teacher: SegmentationModel | None
 
@@ -89,7 +91,9 @@ class Distiller(nn.Module):
             UserError: there is no teacher, or it tells other classes apart than the student.
         """
         if self.teacher is None:
-            raise UserError("a student alone has no teacher whose logits it could learn; name one, or distil no logits")
+            raise UserError(
+                "a student alone has no teacher whose logits it could learn; name one, or distil no logits"
+            )
         s, t = self.student.num_classes, self.teacher.num_classes
         if t not in (s - 1, s):  # some networks have no output for "ignore"
             raise UserError(
@@ -99,14 +103,19 @@ class Distiller(nn.Module):
         self.needs_teacher_logits = True
         self.logit_losses[name] = loss, weight, temperature
 
-    def compare_logits(self, student: SegmentationOutput, teacher: SegmentationOutput) -> dict[str, Tensor]:
+    def compare_logits(
+        self, student: SegmentationOutput, teacher: SegmentationOutput
+    ) -> dict[str, Tensor]:
         """The losses that `distil_logits` added, between the classes that count: "ignore" is no class to learn."""
         if not self.logit_losses:
             return {}
         assert student.logits is not None and teacher.logits is not None
         classes = self.student.num_classes - 1
         s, t = student.logits[:, :classes], teacher.logits[:, :classes]
-        return {name: weight * loss([s], [t], T) for name, (loss, weight, T) in self.logit_losses.items()}
+        return {
+            name: weight * loss([s], [t], T)
+            for name, (loss, weight, T) in self.logit_losses.items()
+        }
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One training step's losses by name, weighted: their sum is the total.
@@ -116,7 +125,9 @@ class Distiller(nn.Module):
             labels: (B, ceil(H/4), ceil(W/4)) or (B, H, W), train ids, the last index for ignore. Cross entropy is
                 computed at their size.
         """
-        images = images.contiguous(memory_format=torch.channels_last)  # once, for all that look at them
+        images = images.contiguous(
+            memory_format=torch.channels_last
+        )  # once, for all that look at them
         student = self.student(images)
         losses = {"ce": cross_entropy(student.logits, labels, self.class_weights)}
         if self.teacher is not None:

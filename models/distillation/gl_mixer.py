@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import UserError
+from errors import UserError
 from models.base import SegmentationOutput
 from models.distillation.pea import ALL_STAGES, PatchEmbeddingAlignment
 from models.linear import Linear
@@ -22,7 +22,9 @@ class SelfAttention(nn.Module):
         self.proj = Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
+        q, k, v = (
+            self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # (B, heads, N, d) each
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -47,7 +49,9 @@ class GLMixer(PatchEmbeddingAlignment):
         add: bool = False,
     ) -> None:
         if self.MIXED_STAGE not in stages:
-            raise UserError(f"GL-Mixer mixes stage {self.MIXED_STAGE}, which is not aligned; use --embed 4 or 5")
+            raise UserError(
+                f"GL-Mixer mixes stage {self.MIXED_STAGE}, which is not aligned; use --embed 4 or 5"
+            )
         super().__init__(student_channels, teacher_channels, stages)
         channels = student_channels[self.MIXED_STAGE - 1]
         self.add = add

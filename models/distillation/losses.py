@@ -47,13 +47,17 @@ def hierarchical_context_loss(student: Sequence[Tensor], teacher: Sequence[Tenso
             if any(side % level for side in difference.shape[2:]):
                 pooled = F.adaptive_avg_pool2d(difference, level)
             else:  # torch takes means of channels_last maps faster; and of even windows the next level's are made
-                pooled = difference = difference.unflatten(2, (level, -1)).unflatten(4, (level, -1)).mean((3, 5))
+                pooled = difference = (
+                    difference.unflatten(2, (level, -1)).unflatten(4, (level, -1)).mean((3, 5))
+                )
             loss = loss + weight * pooled.square().mean()
         total = total + loss / weights
     return total
 
 
-def channel_wise_divergence(student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+def channel_wise_divergence(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float = 1.0
+) -> Tensor:
     """`CWloss`: KL(teacher‖student) of each channel's softmax over space (Shu et al., ICCV 2021), summed over stages.
 
     Args:
@@ -64,7 +68,9 @@ def channel_wise_divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]
     return _divergence(flat, dim=2, temperature=temperature)
 
 
-def pixel_wise_divergence(student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+def pixel_wise_divergence(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float = 1.0
+) -> Tensor:
     """`KL`: KL(teacher‖student) of each pixel's softmax over channels, summed over stages. Arguments as above."""
     return _divergence(list(zip(student, teacher, strict=True)), dim=1, temperature=temperature)
 

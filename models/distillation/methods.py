@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from cli import UserError
+from errors import UserError
 from models.base import SegmentationModel
 from models.distillation.csf import CrossSelectiveFusion
 from models.distillation.cwd import ChannelWiseFeatures
@@ -33,23 +33,33 @@ class Settings:
     baseline: Mapping[str, float] = field(default_factory=dict)
     """Arguments of a baseline that differ from its own defaults: weight, temperature."""
 
-    def refuse_others(self, *, fusion: object = None, alignment: object = None, baseline: Collection[str] = ()) -> None:
+    def refuse_others(
+        self, *, fusion: object = None, alignment: object = None, baseline: Collection[str] = ()
+    ) -> None:
         """Raise UserError for a setting of what a method with these parts alone doesn't have."""
         defaults = inspect.signature(Distiller).parameters
         changed = {name for name, value in self.losses.items() if value != defaults[name].default}
         unused = [f"--kd-{name}" for name in sorted(self.baseline.keys() - set(baseline))]
         if fusion is None and changed - {"embed_weights"}:
             unused.append("--knowledge-distillation-loss or weight of it")
-        if alignment is None and self.stages and (tuple(self.stages) != ALL_STAGES or "embed_weights" in changed):
+        if (
+            alignment is None
+            and self.stages
+            and (tuple(self.stages) != ALL_STAGES or "embed_weights" in changed)
+        ):
             unused.append("--embed or --embed-weights")
         if unused:
             raise UserError(f"this method has no {', no '.join(unused)}; leave it out")
 
 
-Method = Callable[[SegmentationModel, SegmentationModel, Sequence[float] | None, Settings], Distiller]
+Method = Callable[
+    [SegmentationModel, SegmentationModel, Sequence[float] | None, Settings], Distiller
+]
 
 
-def transkd(fusion: Callable[..., nn.Module] | None, alignment: Callable[..., Any] | None) -> Method:
+def transkd(
+    fusion: Callable[..., nn.Module] | None, alignment: Callable[..., Any] | None
+) -> Method:
     """Feature maps through `fusion`, patch embeddings through `alignment`; both made from the two models' widths.
 
     `--embed 0` leaves CSF alone of TransKD-Base; of other methods it would leave out what they are about.
@@ -62,15 +72,23 @@ def transkd(fusion: Callable[..., nn.Module] | None, alignment: Callable[..., An
         settings: Settings,
     ) -> Distiller:
         settings.refuse_others(fusion=fusion, alignment=alignment)
-        if alignment and not settings.stages and (fusion is None or alignment is not PatchEmbeddingAlignment):
-            raise UserError("--embed 0 leaves out what this method is about; align a stage, or take --method csf")
+        if (
+            alignment
+            and not settings.stages
+            and (fusion is None or alignment is not PatchEmbeddingAlignment)
+        ):
+            raise UserError(
+                "--embed 0 leaves out what this method is about; align a stage, or take --method csf"
+            )
         channels = student.channels, teacher.channels
         return Distiller(
             student,
             class_weights,
             teacher=teacher,
             fusion=fusion and fusion(*channels),
-            alignment=alignment(*channels, settings.stages) if alignment and settings.stages else None,
+            alignment=alignment(*channels, settings.stages)
+            if alignment and settings.stages
+            else None,
             **settings.losses,
         )
 

@@ -53,4 +53,7 @@ class PairwiseDistiller(Distiller):
     def distillation_losses(
         self, images: Tensor, student: SegmentationOutput, teacher: SegmentationOutput
     ) -> dict[str, Tensor]:
-        return {"pairwise": self.weight * pairwise_similarity_loss(student.features[-1], teacher.features[-1])}
+        return {
+            "pairwise": self.weight
+            * pairwise_similarity_loss(student.features[-1], teacher.features[-1])
+        }

@@ -14,7 +14,12 @@ def rename(state: State, table: Iterable[tuple[str, str]], stage: int) -> State:
     In a rule {i} is a stage, to whose number `stage` is added (ours count from 1, others from 0), and {j} a block.
     """
     patterns = [
-        (re.compile(re.escape(old).replace(r"\{i\}", r"(?P<i>\d)").replace(r"\{j\}", r"(?P<j>\d+)")), new)
+        (
+            re.compile(
+                re.escape(old).replace(r"\{i\}", r"(?P<i>\d)").replace(r"\{j\}", r"(?P<j>\d+)")
+            ),
+            new,
+        )
         for old, new in table
     ]
     return {_rename(key, patterns, stage): value for key, value in state.items()}

@@ -72,7 +72,9 @@ def to_huggingface(state: State) -> State:
 
 def from_huggingface(state: State) -> State:
     """`to_huggingface` undone. A network trained on normalised images still expects these."""
-    prefixed = {f"segformer.{key}" if key.startswith(BARE) else key: value for key, value in state.items()}
+    prefixed = {
+        f"segformer.{key}" if key.startswith(BARE) else key: value for key, value in state.items()
+    }
     renamed = rename(prefixed, swapped(TABLE), stage=1)
     merged = dict(renamed)
     for k in renamed:

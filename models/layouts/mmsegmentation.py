@@ -44,7 +44,10 @@ def from_mmseg(state: State) -> State:
     for key, value in rename(theirs, swapped(TABLE), stage=1).items():
         if ".attn.qkv." in key and value.dim() and len(value) % 3 == 0:
             c = len(value) // 3
-            ours |= {key.replace(".qkv.", ".q."): value[:c], key.replace(".qkv.", ".kv."): value[c:]}
+            ours |= {
+                key.replace(".qkv.", ".q."): value[:c],
+                key.replace(".qkv.", ".kv."): value[c:],
+            }
         else:
             ours[key] = value.flatten(1) if POINTWISE.fullmatch(key) and value.dim() == 4 else value
     return ours
@@ -54,11 +57,15 @@ def to_mmseg(state: State) -> State:
     """A SegFormer of ours, with either head, under mmsegmentation's names."""
     if "linear_pred.weight" in state:
         head = ("linear_c", "linear_fuse.", "linear_pred.")
-        state = {key: value for key, value in state.items() if not key.startswith(head)} | relu_head(state)
+        state = {
+            key: value for key, value in state.items() if not key.startswith(head)
+        } | relu_head(state)
     merged: State = {}
     for key, value in state.items():
         if ".attn.q." in key:
-            merged[key.replace(".q.", ".qkv.")] = torch.cat([value, state[key.replace(".q.", ".kv.")]])
+            merged[key.replace(".q.", ".qkv.")] = torch.cat(
+                [value, state[key.replace(".q.", ".kv.")]]
+            )
         elif ".attn.kv." not in key:
             merged[key] = value[..., None, None] if POINTWISE.fullmatch(key) else value
     renamed = rename(merged, TABLE, stage=-1)
@@ -79,14 +86,18 @@ def relu_head(state: State) -> State:
         "decode_head.conv_seg.bias": state["linear_pred.bias"],
     }
 
-    def add(name: str, conv: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> None:
+    def add(
+        name: str, conv: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
+    ) -> None:
         layer = {"conv.weight": conv, "bn.weight": weight, "bn.bias": bias}
         layer |= {"bn.running_mean": mean, "bn.running_var": var}
         layer |= {"bn.num_batches_tracked": state["linear_fuse.bn.num_batches_tracked"]}
         head.update({f"decode_head.{name}.{key}": value for key, value in layer.items()})
 
     differences = []
-    for i, part in enumerate(reversed(fuse.chunk(4, dim=1))):  # stage 4 first here, stage 1 first there
+    for i, part in enumerate(
+        reversed(fuse.chunk(4, dim=1))
+    ):  # stage 4 first here, stage 1 first there
         linear, bias = (state[f"linear_c{i + 1}.proj.{leaf}"] for leaf in ("weight", "bias"))
         conv = torch.cat([linear, -linear])[..., None, None]
         add(f"convs.{i}", conv, ones2, torch.cat([bias, -bias]), zeros2, ones2 - BATCHNORM_EPS)
