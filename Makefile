@@ -1,11 +1,14 @@
-# Two commands do everything: `make demo` (try the project) and `make test` (check it).
+# `make demo` tries the project, `make test` checks it, `make gpu` proves it on a GPU.
 PYTHON ?= python3
 VENV := .venv/bin
+CONSTRAINTS := $(CURDIR)/requirements/constraints.txt
+PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) \
+       $(VENV)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 demo: .venv/runtime
-	$(VENV)/python demo.py
+	$(VENV)/python -m demo
 
 test: .venv/dev
 	$(VENV)/python -m pytest
@@ -18,17 +21,24 @@ lint: .venv/dev
 bench: .venv/dev
 	$(VENV)/python -m benchmarks
 
-.venv/runtime: requirements.txt
+# Takes PyTorch as it is installed. Where no package index is reached, wheels/ may hold the rest.
+gpu:
+	test ! -d wheels || $(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade \
+	    --target wheels/installed wheels/*.whl
+	PYTHONPATH=wheels/installed:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu --json outputs/gpu/gpu.json
+
+.venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(VENV)/python || $(PYTHON) -m venv .venv
-	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/dev: requirements.txt requirements-dev.txt requirements-export.txt requirements-prepare.txt requirements-video.txt requirements-peers.txt constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
-	test -x $(VENV)/python || $(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt $(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(VENV)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
+.venv/runtime: .venv/python requirements.txt
+	$(PIP) -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/python requirements.txt $(wildcard requirements/*.txt)
+	$(PIP) -r requirements/dev.txt
+	$(PIP) --no-deps -r requirements/peers.txt
 	touch $@
 
 clean:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,14 +28,16 @@ def make_folder(folder: Path) -> None:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that replaces it when the block ends without an error.
 
-    A link is followed: what it points to is replaced.
+    A link is followed: what it points to is replaced. The block may also make a folder, which then
+    becomes a new one.
 
-    Raises:
-        UserError: the disk is full, the folder can't be written, or `path` is no file. What was
-            there before is untouched.
+    Raises UserError if the disk is full, the folder can't be written, or `path` is no file.
+    What was there before is untouched.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.parent / f".{target.name}.{os.getpid()}"
+    # Of the same ending, its own for every process and target, and short: names have 255 bytes.
+    checksum = zlib.crc32(os.fsencode(target.name))
+    temporary = target.parent / f".{os.getpid()}-{checksum:08x}{target.suffix}"
     try:
         if target.exists() and not target.is_file():
             raise UserError(f"can't write {path}, which is a folder or a device; name a file")
@@ -43,7 +47,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         reason = error.strerror or error
         raise UserError(f"can't write {path} ({reason}); nothing there was changed") from error
     finally:
-        with suppress(OSError):  # a name that is too long is refused here too
+        with suppress(OSError):
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
             temporary.unlink(missing_ok=True)
 
 
@@ -53,14 +59,26 @@ def write_json(content: dict[str, Any], path: Path) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl: objects that have an event and a step.
+
+    A line that was cut off by a kill is skipped. Raises OSError if there is no such file.
+    """
+    records = []
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [r for r in records if isinstance(r, dict) and {"event", "step"} <= r.keys()]
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is no file. Raises UserError for anything else."""
+    """The JSON object in a file; None if there is no file. Raises UserError for other content."""
+    if not path.is_file():
+        return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); write it again or remove it") from error
-    except OSError as error:
-        raise UserError(f"can't read {path} ({error.strerror})") from error
-    if content is not None and not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; write it again or remove it")
-    return content
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"it is a {type(content).__name__}")
+        return content
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is no JSON object ({error}); remove it") from error

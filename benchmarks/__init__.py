@@ -1,1 +1,1 @@
-"""How fast, and in how much memory, against the published way of doing the same and against other libraries."""
+"""How fast, and in how much memory, against the original implementation and other libraries."""

@@ -1,83 +1,91 @@
-"""What is compared. Every case yields rows; both sides compute the same numbers (tests/test_benchmarks.py)."""
+"""What is compared: a training step, the student's evaluation, a sample, the metric, a picture."""
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+import cli
 from benchmarks import published
-from benchmarks.measure import Row, Run, Sizes, apart, in_turn
-from cli import find_device
-from datasets import SceneDataset, open_split
-from datasets.classes import CITYSCAPES
-from datasets.synthetic import write_dataset
+from benchmarks.measure import Action, Row, apart, in_turn
+from datasets import CITYSCAPES, SceneDataset, open_split, use_cache
+from demo.scenes import write_dataset
 from eval.metrics import ConfusionMatrix
 from eval.rendering import colorize
 from models import create_model
-from models.distillation import CrossSelectiveFusion, Distiller
-from models.info import METHODS
-from models.pyramid import settle
+from models.distillation.methods import METHODS, PUBLISHED
 
-NUM_OUTPUTS = CITYSCAPES.num_outputs
-NOT_INSTALLED = "not installed"
+ORIGINAL = "the original's way"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Height of the network's input, height of photographs and label maps (twice as wide), batch,
+    and how often a training step is repeated."""
+
+    height: int = 512
+    pixels: int = 1024
+    batch: int = 2
+    repeats: int = 3
+
+
+FULL = Sizes()
+QUICK = Sizes(height=64, pixels=128, repeats=1)
 
 
 class Step:
-    """A method's training step on random images, ours or the published way; a call makes one and returns its losses."""
+    """A method's training step on random images, ours or the original's way.
+
+    A call makes one and returns its losses.
+    """
 
     def __init__(
         self,
         method: str,
-        other: bool,
+        original: bool,
         sizes: Sizes,
         device: str = "cpu",
-        bf16: bool = False,
+        precision: torch.dtype | None = None,
         compile_mode: str | None = None,
     ) -> None:
         torch.manual_seed(0)
-        student, teacher = create_model("segformer_b0"), create_model("segformer_b2")
-        channels = student.channels, teacher.channels
-        fusion, alignment = CrossSelectiveFusion(*channels), METHODS[method](*channels)
-        if other:
-            student, teacher = (
-                published.HuggingFaceSegFormer(network, "eager") for network in (student, teacher)
-            )
-        distiller = Distiller(
-            student, CITYSCAPES.weights, teacher=teacher, fusion=fusion, alignment=alignment
-        )
-        self.distiller, self.other, self.bf16 = (
-            distiller.to(device if other else find_device(device)),
-            other,
-            bf16,
-        )
-        if other:
-            teacher.requires_grad_(True)
+        student, teacher = create_model("segformer_b0"), create_model("segformer_b2").eval()
+        weights = CITYSCAPES.weights
+        distiller = METHODS[PUBLISHED[method]].build(student, teacher.channels, weights)
+        self.original = original
+        self.precision = precision
+        if original:
+            published.slowed(student)
+            published.slowed(teacher)
         else:
-            settle(teacher, bf16=bf16)
-        if compile_mode:
-            distiller.compile(dynamic=False, mode=compile_mode)
-        self.optimizer = AdamW(distiller.parameters(), lr=6e-5, fused=not other)
+            cli.find_device(device)  # which also makes the process keep its memory
+            teacher.requires_grad_(False)
+            teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.distiller, self.teacher = distiller.to(device).train(), teacher.to(device)
+        if compile_mode is not None:
+            for module in (distiller, teacher):
+                module.compile(dynamic=False, mode=compile_mode)
+        self.optimizer = AdamW(distiller.parameters(), lr=6e-5, fused=not original)
         h, w = sizes.height, 2 * sizes.height
         self.images = torch.rand(sizes.batch, 3, h, w).to(device)
-        self.labels = torch.randint(
-            0, NUM_OUTPUTS, (sizes.batch, h // 4, w // 4), dtype=torch.uint8
-        ).to(device)
+        labels = torch.randint(0, CITYSCAPES.num_outputs, (sizes.batch, h // 4, w // 4))
+        self.labels = labels.to(torch.uint8).to(device)
 
     def __call__(self) -> dict[str, Tensor]:
-        if self.other:
-            return published.published_step(
-                self.distiller, self.optimizer, self.images, self.labels
-            )
+        if self.original:
+            networks = self.distiller, self.teacher, self.optimizer
+            return published.published_step(*networks, self.images, self.labels)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.bf16):
-            losses = self.distiller(self.images, self.labels)
+        enabled = self.precision is not None
+        with torch.autocast(self.images.device.type, self.precision, enabled=enabled):
+            with torch.no_grad():
+                taught = self.teacher(self.images, logits=False)
+            losses = self.distiller(self.images, self.labels, taught)
         torch.stack(list(losses.values())).sum().backward()
         self.optimizer.step()
         return losses
@@ -85,24 +93,20 @@ class Step:
 
 def training(sizes: Sizes) -> Iterator[Row]:
     """A training step of each method, in time and memory."""
-    for method in METHODS:
+    for method in PUBLISHED:
         name = f"{method}: training step, batch {sizes.batch}, {sizes.height}×{2 * sizes.height}"
-        if not find_spec("transformers"):
-            yield Row(name, "published way", note=NOT_INSTALLED)
-            continue
-        ours, theirs = (partial(Step, method, other) for other in (False, True))
-        times, peaks = apart(ours, theirs, sizes, sizes.repeats)
-        yield Row(name, "published way", "time", *times, 4)
-        yield Row(name, "published way", "memory", *peaks, 0.4)
+        ours, theirs = (partial(Step, method, original, sizes) for original in (False, True))
+        times, peaks = apart(ours, theirs, sizes.repeats)
+        yield Row(name, ORIGINAL, "time", *times, 4)
+        yield Row(name, ORIGINAL, "memory", *peaks, 0.4)
 
 
-def prediction(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+def prediction(model: nn.Module, images: Tensor) -> Action:
     """A call returns the logits."""
 
     @torch.inference_mode()
     def run() -> Tensor:
-        output = model(images)
-        return output if isinstance(output, Tensor) else output.logits
+        return model(images).logits
 
     return run
 
@@ -112,103 +116,76 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
     name = f"SegFormer-B0: evaluation, {sizes.height}×{2 * sizes.height}"
     ours = create_model("segformer_b0").eval()
     images = torch.rand(1, 3, sizes.height, 2 * sizes.height)
-    peers: dict[str, tuple[str, Callable[[], nn.Module]]] = {
-        "transformers": (
-            "Hugging Face, SDPA",
-            partial(published.HuggingFaceSegFormer, ours, "sdpa"),
-        ),
-        "segmentation_models_pytorch": (
-            "segmentation_models.pytorch",
-            partial(published.smp_segformer, NUM_OUTPUTS),
-        ),
-    }
-    for package, (peer, build) in peers.items():
-        if not find_spec(package):
-            yield Row(name, peer, note=NOT_INSTALLED)
-            continue
-        theirs = build().eval()
-        times = in_turn(prediction(ours, images), prediction(theirs, images), 3 * sizes.repeats)
-        yield Row(name, peer, "time", *times, 2.5)
+    theirs = published.huggingface_segformer(ours)
+    actions = prediction(ours, images), prediction(theirs, images)
+    times = in_turn(*actions, 3 * sizes.repeats)
+    yield Row(name, "Hugging Face, SDPA", "time", *times, 2.5)
 
 
 def drawn_scenes(folder: Path, sizes: Sizes, count: int = 3) -> SceneDataset:
-    """A validation split of drawn photographs with labels, read through a new cache."""
-    with redirect_stderr(StringIO()):
-        write_dataset(
-            folder / "data", train=0, val=count, height=sizes.pixels, width=2 * sizes.pixels
-        )
-        return open_split(
-            "cityscapes", folder / "data", "val", height=sizes.height, cache_dir=folder / "cache"
-        )
+    """A validation split of synthetic photographs with labels, read through a new cache."""
+    size = {"height": sizes.pixels, "width": 2 * sizes.pixels}
+    data = write_dataset(folder / "data", train=0, val=count, **size)
+    scenes = open_split("cityscapes", data, "val", height=sizes.height)
+    use_cache(scenes, folder / "cache")
+    return scenes
 
 
 def sample(sizes: Sizes) -> Iterator[Row]:
     """Image and label, ready for a batch."""
     with tempfile.TemporaryDirectory() as folder:
         scenes = drawn_scenes(Path(folder), sizes)
-        paths = [(sample.image, sample.label) for sample in scenes.samples]
 
         def ours() -> None:
             for index in range(len(scenes)):
                 scenes[index]
 
         def theirs() -> None:
-            for image, label in paths:
-                assert label is not None
-                published.read_sample(image, label, sizes.height, CITYSCAPES.ignore)
+            for sample in scenes.samples:
+                assert sample.label is not None
+                published.read_sample(sample.image, sample.label, sizes.height, CITYSCAPES.ignore)
 
-        name = f"sample of {sizes.pixels}×{2 * sizes.pixels} from a warm cache"
         times = in_turn(ours, theirs, 3 * sizes.repeats)
-        yield Row(name, "decoding the PNG", "time", *times, 50, items=len(scenes))
+    name = f"{len(scenes)} samples of {sizes.pixels}×{2 * sizes.pixels} from a warm cache"
+    yield Row(name, "decoding the PNG", "time", *times, 50)
 
 
 def label_maps(pixels: int) -> tuple[Tensor, Tensor]:
-    """Prediction int64 and truth uint8 (1, H, W) in large patches of one class, as scenes have; a tenth differs."""
+    """Prediction int64 and truth uint8 (1, H, W) in large patches of one class; a tenth differs."""
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.randint(0, NUM_OUTPUTS, (1, 1, 16, 32), generator=generator).float()
+    outputs = CITYSCAPES.num_outputs
+    coarse = torch.randint(0, outputs, (1, 1, 16, 32), generator=generator).float()
     truth = nn.functional.interpolate(coarse, (pixels, 2 * pixels))[:, 0].to(torch.uint8)
-    noise = torch.randint(0, 10 * NUM_OUTPUTS, truth.shape, generator=generator)
-    return torch.where(noise < NUM_OUTPUTS, noise, truth), truth
+    noise = torch.randint(0, 10 * outputs, truth.shape, generator=generator)
+    return torch.where(noise < outputs, noise, truth), truth
 
 
-def count_ours(sizes: Sizes) -> Run:
+def count(sizes: Sizes, original: bool) -> Action:
     """A call counts one image."""
     predicted, truth = label_maps(sizes.pixels)
-    matrix = ConfusionMatrix(CITYSCAPES)
-    return lambda: matrix.update(predicted, truth)
-
-
-def count_theirs(sizes: Sizes) -> Run:
-    """A call counts one image."""
-    predicted, truth = label_maps(sizes.pixels)
-    truth = truth.long()  # so does the published loader
-    return lambda: published.one_hot_counts(predicted, truth, NUM_OUTPUTS)
+    if original:
+        whole = truth.long()  # so does the published loader
+        return partial(published.one_hot_counts, predicted, whole, CITYSCAPES.num_outputs)
+    return partial(ConfusionMatrix(CITYSCAPES).update, predicted, truth)
 
 
 def confusion(sizes: Sizes) -> Iterator[Row]:
     """Counts for the metric."""
-    name, other = f"confusion matrix, {sizes.pixels}×{2 * sizes.pixels}", "one-hot maps"
-    times, peaks = apart(count_ours, count_theirs, sizes, 5 * sizes.repeats)
-    yield Row(name, other, "time", *times, 20)
-    yield Row(name, other, "memory", *peaks, 0.1)
+    name = f"confusion matrix, {sizes.pixels}×{2 * sizes.pixels}"
+    ours, theirs = (partial(count, sizes, original) for original in (False, True))
+    times, peaks = apart(ours, theirs, 5 * sizes.repeats)
+    yield Row(name, "one-hot maps", "time", *times, 20)
+    yield Row(name, "one-hot maps", "memory", *peaks, 0.1)
 
 
 def colour(sizes: Sizes) -> Iterator[Row]:
     """Label map to picture."""
     labels = label_maps(sizes.pixels)[1][0].numpy()
     palette = CITYSCAPES.palette.tolist()
-    times = in_turn(
-        lambda: colorize(labels, CITYSCAPES),
-        lambda: published.colour_by_loop(labels, palette),
-        5 * sizes.repeats,
-    )
-    yield Row(f"colour, {sizes.pixels}×{2 * sizes.pixels}", "loop over classes", "time", *times, 10)
+    theirs = partial(published.colour_by_loop, labels, palette)
+    times = in_turn(partial(colorize, labels, CITYSCAPES), theirs, 5 * sizes.repeats)
+    name = f"colour, {sizes.pixels}×{2 * sizes.pixels}"
+    yield Row(name, "a loop over classes", "time", *times, 10)
 
 
-CASES: dict[str, Callable[[Sizes], Iterator[Row]]] = {
-    "training": training,
-    "evaluation": evaluation,
-    "sample": sample,
-    "confusion": confusion,
-    "colour": colour,
-}
+CASES = {case.__name__: case for case in (training, evaluation, sample, confusion, colour)}

@@ -1,56 +1,46 @@
-"""Times taken in turn, peaks of memory, and the machine in words."""
+"""Times taken in turn, peaks of memory, and the table that shows them."""
 
-import gc
 import os
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import torch
+from rich.table import Table
 
-from models.info import resident_memory
-
-Run = Callable[[], object]
-Pair = tuple[tuple[float, ...], tuple[float, ...]]  # every repetition of ours, and of theirs
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large everything is."""
-
-    height: int  # of the network's input; its width is twice that
-    pixels: int  # height of photographs, label maps and colours; their width is twice that
-    repeats: int  # of a training step; shorter things are repeated more often
-    batch: int = 2
-
-
-FULL = Sizes(height=512, pixels=1024, repeats=3)
-QUICK = Sizes(height=64, pixels=128, repeats=1)
+Action = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. A row without numbers says in `note` why."""
+    """One comparison.
+
+    Attributes:
+        name, other: what is measured, and whom ours is compared with.
+        ours, theirs: seconds or bytes of every repetition; empty where there is none.
+        target: for time theirs / ours at least, for memory ours / theirs at most.
+        note: more about it, or why there are no numbers.
+    """
 
     name: str
-    other: str  # whom ours is compared with
+    other: str
     what: Literal["time", "memory"] = "time"
-    ours: tuple[float, ...] = ()  # seconds or bytes, every repetition
-    theirs: tuple[float, ...] = ()
-    target: float | None = None  # "time": theirs / ours at least; "memory": ours / theirs at most
-    items: int = 1  # images, say, that one repetition handles; 0: not counted
+    ours: Sequence[float] = ()
+    theirs: Sequence[float] = ()
+    target: float | None = None
     note: str = ""
 
     @property
     def ratio(self) -> float | None:
-        """How many times faster ours is; or the share of the memory that ours takes."""
+        """How many times faster ours is, or the share of the memory that ours takes."""
         if not self.ours or not self.theirs:
             return None
         ours, theirs = median(self.ours), median(self.theirs)
@@ -68,77 +58,139 @@ class Row:
         return asdict(self) | {"ratio": self.ratio, "reached": self.reached}
 
 
-def in_turn(ours: Run, theirs: Run, repeats: int) -> Pair:
-    """Seconds of each, `repeats` times ours, theirs, ours, theirs …, after one round that doesn't count."""
-    times: tuple[list[float], list[float]] = [], []
+def table(rows: Sequence[Row], caption: str) -> Table:
+    """All rows: ratio and target first, then the medians."""
+    result = Table(caption=caption, caption_justify="left")
+    for column in ("", "ratio", "target", "ours", "theirs", "compared with", ""):
+        right = column in ("ratio", "ours", "theirs")
+        result.add_column(column, justify="right" if right else "left")
+    for row in rows:
+        times = row.what == "time"
+        ratio = "–" if row.ratio is None else f"{row.ratio:.3g}×"
+        target = "" if row.target is None else f"{'≥' if times else '≤'} {row.target:g}×"
+        target += {True: " ✓", False: " ✗", None: ""}[row.reached]
+        amounts = [amount(values, row.what) for values in (row.ours, row.theirs)]
+        result.add_row(row.name, ratio, target, *amounts, row.other, row.note)
+    return result
+
+
+def amount(values: Sequence[float], what: str) -> str:
+    """The median in seconds or bytes, for people."""
+    if not values:
+        return "–"
+    value = median(values)
+    if what == "memory":
+        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def in_turn(ours: Action, theirs: Action, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of each, ours, theirs, ours, theirs …, after one round that doesn't count."""
+    times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats + 1):
-        for run, seconds in zip((ours, theirs), times, strict=True):
+        for action, taken in zip((ours, theirs), times, strict=True):
             start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-    return tuple(times[0][1:]), tuple(times[1][1:])
+            action()
+            taken.append(time.perf_counter() - start)
+    return times[0][1:], times[1][1:]
+
+
+def seconds(action: Action, device: str, warmup: int, repeats: int) -> list[float]:
+    """Of every call; on a GPU from its end to the next one's end, as the device sees it."""
+    for _ in range(warmup):
+        action()
+    if device == "cpu":
+        clocks = [time.perf_counter()]
+        for _ in range(repeats):
+            action()
+            clocks.append(time.perf_counter())
+        return [after - before for before, after in pairwise(clocks)]
+    # The host doesn't wait between the calls, as it doesn't in training.
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        action()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1000 for before, after in pairwise(events)]
+
+
+def peak_memory(action: Action, device: str) -> list[float]:
+    """The most bytes that calls after the warm-up take from the GPU.
+
+    What is reserved, not what is allocated: the memory of a CUDA graph counts as free between its
+    replays, and nobody else can have it.
+    """
+    if device == "cpu":
+        return []
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        action()
+    return [float(torch.cuda.max_memory_reserved())]
 
 
 def apart(
-    ours: Callable[[Sizes], Run], theirs: Callable[[Sizes], Run], sizes: Sizes, repeats: int
-) -> tuple[Pair, Pair]:
-    """As `in_turn`, with each side in a fresh process of its own, and what its memory took.
+    ours: Callable[[], Action], theirs: Callable[[], Action], repeats: int
+) -> tuple[tuple[list[float], list[float]], tuple[list[float], list[float]]]:
+    """As `in_turn`, with each side built in a process of its own, where it is called.
 
-    Returns the seconds of both, and the bytes by which the resident memory of each rose from before it was built to
-    its peak (empty where the system doesn't tell: anywhere but on Linux).
+    Returns:
+        Seconds of both; and bytes by which the resident memory of each rose from before it was
+        built to its peak (nothing anywhere but on Linux).
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.cases"])
+    threads = torch.get_num_threads()
+    context = get_context("spawn")
     with (
-        ProcessPoolExecutor(1, mp_context=context) as first,
-        ProcessPoolExecutor(1, mp_context=context) as second,
+        ProcessPoolExecutor(1, context, _build, (ours, threads)) as our_process,
+        ProcessPoolExecutor(1, context, _build, (theirs, threads)) as their_process,
     ):
-        for side, build in ((first, ours), (second, theirs)):
-            side.submit(_build, build, sizes, torch.get_num_threads()).result()
         times = in_turn(
-            lambda: first.submit(_call).result(), lambda: second.submit(_call).result(), repeats
+            lambda: our_process.submit(_call).result(),
+            lambda: their_process.submit(_call).result(),
+            repeats,
         )
-        return times, (first.submit(_growth).result(), second.submit(_growth).result())
+        peaks = our_process.submit(_growth).result(), their_process.submit(_growth).result()
+    return times, peaks
 
 
-_run: Run  # in a process of `apart`
-_before: int | None
+_action: Action  # of a process of `apart`
+_before: list[float]  # its memory, in bytes
 
 
-def _build(build: Callable[[Sizes], Run], sizes: Sizes, threads: int) -> None:
-    global _run, _before
+def _build(build: Callable[[], Action], threads: int) -> None:
+    global _action, _before
     torch.set_num_threads(threads)
-    build(QUICK)()  # loads the libraries' code, which is nobody's share
-    gc.collect()
-    _before = resident_memory("VmRSS")
-    _run = build(sizes)
+    _before = resident_bytes("VmRSS")
+    _action = build()
 
 
 def _call() -> None:
-    _run()
+    _action()  # what it returns stays here
 
 
-def _growth() -> tuple[float, ...]:
-    peak = resident_memory("VmHWM")
-    return () if _before is None or peak is None else (peak - _before,)
+def _growth() -> list[float]:
+    peaks = resident_bytes("VmHWM")
+    return [peak - before for peak, before in zip(peaks, _before, strict=True)]
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on, with the rates that bound them: matrix products and copying."""
-    a, b = torch.rand(2, 1536, 1536)
-    source, target = torch.rand(2, 2**24)
-    products, copies = (
-        median(seconds) for seconds in in_turn(lambda: a @ b, lambda: target.copy_(source), 7)
-    )
+def resident_bytes(key: str) -> list[float]:
+    """Of this process: VmRSS now, VmHWM the highest so far; empty anywhere but on Linux."""
+    # Not getrusage: on Linux its peak is inherited from the process that started this one.
+    status = Path("/proc/self/status")
+    found = re.findall(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else []
+    return [1024.0 * int(kilobytes) for kilobytes in found]
+
+
+def machine() -> str:
+    """What the figures depend on, in a line."""
     cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return {
-        "cpu": model[1] if model else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
-        "gemm_gflops": round(2 * 1536**3 / products / 1e9),
-        "copy_gb_per_second": round(2 * source.nbytes / copies / 1e9, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    name = models[0] if models else platform.machine()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    load = os.getloadavg()[0]
+    return (
+        f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores (load {load:.1f} "
+        f"before); torch {torch.__version__}; {gpu}"
+    )

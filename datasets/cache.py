@@ -1,203 +1,159 @@
-"""An exact cache: resized images and their labels in one memory-mapped file.
+"""An exact cache of resized images and their labels: two `.npy` files in a folder.
 
-File: magic, number of samples, then per sample (offset, H, W) as int64, then per sample the image
-(3, H, W) and the label (ceil(H/4), ceil(W/4)), or (H, W), as uint8. It is written aside and renamed when
+`samples.npy` holds every sample's uint8 image (3, H, W) and label (h, w) one after the other,
+`index.npy` where each begins, H, W, h and w. The folder is written aside and renamed when it is
 whole, under a lock, so a killed build leaves nothing that could be taken for a cache, and of two
 processes one builds and the other waits. Its name holds a hash of the settings and of every source
 file's path, size and time: a changed source makes a new cache, which replaces the old one.
 """
 
-import contextlib
-import fcntl
+import functools
 import hashlib
+import logging
 import math
 import os
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
+import PIL
+from filelock import FileLock, Timeout
 
-from datasets.transforms import label_size
-from errors import UserError
+from datasets.images import upright_size
+from datasets.scenes import SceneDataset
+from datasets.transforms import label_size, resized_size
+from progress import track
 
-_MAGIC = b"TransKD1"
-_MARGIN = 256 * 2**20
-"""Bytes of the disk to leave free."""
+log = logging.getLogger(__name__)
+warn_once = functools.cache(log.warning)
+
+NO_CACHE = (OSError, ValueError, EOFError)  # a power failure can leave empty files
 
 
 def default_cache_dir() -> Path:
-    """The environment variable TRANSKD_CACHE, or ~/.cache/transkd."""
-    return Path(os.environ.get("TRANSKD_CACHE") or Path.home() / ".cache" / "transkd")
+    """TRANSKD_CACHE of the environment, or ~/.cache/transkd; without a home, a temporary folder."""
+    try:
+        return Path(os.environ.get("TRANSKD_CACHE") or "~/.cache/transkd").expanduser()
+    except RuntimeError:  # a user without an entry in the system, as containers have
+        folder = Path(tempfile.gettempdir()) / "transkd"
+        warn_once("there is no home folder; the cache goes to %s", folder)
+        return folder
 
 
 class Cache:
-    """Reads a whole cache file; `cache[i]` is (image, label), read-only views of the file.
+    """Reads a cache folder; `cache[i]` is (image, label), read-only views of a file.
 
-    `full` says that the labels have their images' size.
+    Raises one of `NO_CACHE` if there is no whole cache.
     """
 
-    def __init__(self, path: Path, *, full: bool = False) -> None:
-        self.path, self.full = path, full
-        self._bytes = np.asarray(np.memmap(path, np.uint8, "r"))
-        if len(self._bytes) < 16 or self._bytes[:8].tobytes() != _MAGIC:
-            raise ValueError(f"{path} is no cache")
-        count = int(self._bytes[8:16].view(np.int64)[0])
-        if count < 1:
-            raise ValueError(f"{path} holds nothing")
-        self._index = self._bytes[16 : 16 + 24 * count].view(np.int64).reshape(count, 3)
-        offset, height, width = (int(number) for number in self._index[-1])
-        if len(self._bytes) != offset + _sample_bytes(height, width, full):
-            raise ValueError(f"{path} is not whole")
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = np.load(folder / "index.npy")
+        self.samples = np.load(folder / "samples.npy", mmap_mode="r")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Cache, full=self.full), (self.path,)
-
-    def __len__(self) -> int:
-        return len(self._index)
+        """A worker maps the same files instead of getting a copy."""
+        return Cache, (self.folder,)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        offset, height, width = (int(number) for number in self._index[index])
-        middle, end = offset + 3 * height * width, offset + _sample_bytes(height, width, self.full)
-        image = self._bytes[offset:middle].reshape(3, height, width)
-        return image, self._bytes[middle:end].reshape(label_size((height, width), full=self.full))
+        begin, *image_size, height, width = self.index[index].tolist()
+        middle = begin + 3 * math.prod(image_size)
+        image = self.samples[begin:middle].reshape(3, *image_size)
+        return image, self.samples[middle : middle + height * width].reshape(height, width)
 
 
-def fingerprint(files: Sequence[Path], *settings: object) -> str:
-    """Hash of the settings and of every file's path, size and modification time."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for path in files:
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        digest.update(
-            f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(
-                errors="surrogateescape"
-            )
-        )
-    return digest.hexdigest()[:20]
+def fingerprint(*facts: object) -> str:
+    """Hash of what a cache depends on."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
 
 
-class Source(Protocol):
-    """What is cached. Both methods are called from several threads."""
+def use_cache(scenes: SceneDataset, directory: Path | None = None) -> None:
+    """Read the scenes from a cache from now on, which is built first if there is none.
 
-    full_labels: bool
-    """Whether `read` returns labels of the images' size."""
+    It lies in `directory`, by default $TRANSKD_CACHE or ~/.cache/transkd. Raises UserError if an
+    image or a label can't be read.
+    """
+    paths = [path for sample in scenes.samples for path in (sample.image, sample.label) if path]
+    names = fingerprint([str(path.absolute()) for path in paths])
+    stats = [path.stat() for path in paths]
+    version = fingerprint(
+        [(stat.st_size, stat.st_mtime_ns) for stat in stats],
+        [sample.encoding for sample in scenes.samples],
+        [scenes.classes.table(kind).tobytes() for kind in ("train_ids", "label_ids")],
+        scenes.height,
+        PIL.__version__,
+    )
+    kind = "-full" if scenes.full_labels else ""
+    identity = f"{scenes.title}-{scenes.height}{kind}-{names}"
+    scenes.cache = open_cache(directory or default_cache_dir(), identity, version, scenes)
 
-    def __len__(self) -> int: ...
 
-    def size(self, index: int) -> tuple[int, int]:
-        """(H, W) of the image that `read` will return."""
-
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (3, H, W) and label (ceil(H/4), ceil(W/4)) or (H, W), uint8."""
-
-
-def open_cache(directory: Path, identity: str, version: str, source: Source) -> Cache | None:
+def open_cache(directory: Path, identity: str, version: str, scenes: SceneDataset) -> Cache | None:
     """The cache `identity`-`version` in `directory`, built first if it is not there.
 
-    `identity` names what is cached and `version` its present state: other versions are deleted.
-    Returns None, after a note on stderr, where the disk is full or the folder cannot be written. Whatever
-    `source` raises, such as UserError for a broken file, is passed on.
+    Other versions of `identity` are deleted. None, after a line that says so, where the disk is
+    full or the folder can't be written. What reading the scenes raises is passed on.
     """
-    path = directory / f"{identity}-{version}.bin"
-    full = source.full_labels
-    with contextlib.suppress(OSError, ValueError):
-        return Cache(path, full=full)
+    folder = directory / f"{identity}-{version}"
+    with suppress(*NO_CACHE):
+        return Cache(folder)
+    lock = FileLock(directory / f"{identity}.lock")
+    aside = directory / f"{identity}-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _lock(directory / f"{identity}.lock"):
-            with contextlib.suppress(OSError, ValueError):
-                return Cache(path, full=full)  # the process we waited for has built it
-            for remains in directory.glob(f"{identity}-*"):
-                remains.unlink(missing_ok=True)
-            _build(path, source)
-            return Cache(path, full=full)
+        wait_for(lock)
+        with suppress(*NO_CACHE):  # the process that we waited for has built it
+            return Cache(folder)
+        for old in directory.glob(f"{identity}-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        aside.mkdir()
+        build(aside, scenes)
+        aside.replace(folder)
+        return Cache(folder)
     except OSError as error:
-        _note(
-            f"no cache in {directory} ({error.strerror or error}); reading the image files directly"
-        )
+        reason = error.strerror or error
+        log.warning("no cache in %s (%s); the image files are read directly", directory, reason)
         return None
-
-
-def _build(path: Path, source: Source) -> None:
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            _fill(file.fileno(), path, source)
-            os.fsync(file.fileno())
-        part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        lock.release()
 
 
-def _fill(fd: int, path: Path, source: Source) -> None:
-    count = len(source)
+def wait_for(lock: FileLock) -> None:
+    """Acquire a lock; on a file system without locks two builds are wasteful and harmless."""
+    with suppress(NotImplementedError, OSError):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.warning("waiting for another process that builds the cache %s", lock.lock_file)
+            lock.acquire()
 
-    def copy(i: int) -> None:
-        image, label = source.read(i)
-        _write(fd, image.tobytes() + label.tobytes(), int(offsets[i]))
 
+def build(folder: Path, scenes: SceneDataset) -> None:
+    """Write the two files. Raises OSError where there is too little space."""
     # Threads, not processes: Pillow decodes and resizes outside the interpreter's lock.
     pool = ThreadPoolExecutor()
     try:
-        shapes = np.array(list(pool.map(source.size, range(count))), np.int64)
-        lengths = [
-            _sample_bytes(int(height), int(width), source.full_labels) for height, width in shapes
-        ]
-        offsets = 16 + 24 * count + np.cumsum([0, *lengths])
-        total, free = int(offsets[-1]), shutil.disk_usage(path.parent).free
-        if free < total + _MARGIN:
-            raise OSError(f"it takes {_size(total)}, and {_size(free)} are free")
-        _note(f"keeping {count} resized images in {path} ({_size(total)})")
-        header = np.column_stack([offsets[:-1], shapes]).astype(np.int64)
-        _write(fd, _MAGIC + np.int64(count).tobytes() + header.tobytes(), 0)
-        futures = [pool.submit(copy, i) for i in range(count)]
-        console = Console(stderr=True)
-        quiet = not console.is_terminal
-        for done in track(
-            as_completed(futures), "resizing", count, console=console, transient=True, disable=quiet
-        ):
-            done.result()
+        needed = 0
+        for own_size in pool.map(upright_size, [sample.image for sample in scenes.samples]):
+            size = resized_size(scenes.height, own_size)
+            needed += 3 * math.prod(size) + math.prod(label_size(size, full=scenes.full_labels))
+        free = shutil.disk_usage(folder).free
+        if free < needed + 2**28:  # 256 MB of the disk stay free
+            raise OSError(f"it takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+        title = f"resizing for the cache ({needed / 1e9:.2f} GB)"
+        samples = track(pool.map(scenes.read, range(len(scenes))), title, len(scenes))
+        index, end = [], 0
+        with (folder / "samples.npy").open("wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (needed,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for image, label in samples:
+                index.append((end, *image.shape[1:], *label.shape))
+                end += file.write(image.tobytes()) + file.write(label.tobytes())
+        np.save(folder / "index.npy", np.array(index, np.int64))
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _write(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:  # one call may write less, and raises OSError only when it can write nothing
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Wait for the lock on `path`; the system releases it when its process ends, however it ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _note(f"waiting for another process that builds {path.with_suffix('')}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: building twice is wasteful and harmless
-        yield
-
-
-def _sample_bytes(height: int, width: int, full: bool) -> int:
-    return 3 * height * width + math.prod(label_size((height, width), full=full))
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _note(text: str) -> None:
-    print(f"cache: {text}", file=sys.stderr)

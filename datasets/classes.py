@@ -1,4 +1,4 @@
-"""The classes of a data set: names, colours, weights and the values its label files hold.
+"""The classes of a data set: names, colours, weights and the values that its label files hold.
 
 Nothing outside this file knows how many classes there are: a network has `num_outputs` outputs,
 the last of which stands for "ignore", as in the published code.
@@ -14,19 +14,9 @@ import numpy as np
 from errors import UserError
 
 Encoding = Literal["train_ids", "label_ids"]
-
-UNEXPECTED = 255
-"""What `Classes.table` gives for a value that must not occur in a label file."""
-
+UNEXPECTED = 255  # what `Classes.table` gives for a value that must not occur in a label file
+# Names that other libraries give to an output beyond the classes.
 VOID = {"ignore", "ignored", "void", "unlabeled", "unlabelled", "background"}
-"""What others call an output beyond the classes."""
-
-
-def named(names: Sequence[str] | None) -> bool:
-    """Whether these names say anything: `LABEL_0`, which transformers gives, and our `class 0` don't."""
-    return bool(names) and not any(
-        re.fullmatch(r"(label|class)[ _]?\d+", name, re.IGNORECASE) for name in names or ()
-    )
 
 
 def plain(name: str) -> str:
@@ -36,36 +26,22 @@ def plain(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Classes:
-    """n classes with train ids 0 .. n-1, and the train id n for pixels that don't count."""
+    """n classes with train ids 0 .. n-1, and the train id n for pixels that don't count.
+
+    Attributes:
+        palette: (n + 1, 3) uint8 RGB; the last row is ignore, black.
+        label_ids: n + 1; train id -> the label id of the data set's own files. The last is what is
+            written for ignore: 0, VOC's 255.
+        ignored_label_ids: label ids that stand for none of these classes.
+        weights: n + 1 weights of the cross entropy, 0 for ignore; None where none are published.
+    """
 
     name: str
     names: tuple[str, ...]
     palette: np.ndarray
-    """(n + 1, 3) uint8 RGB; the last row is ignore, black."""
-    weights: tuple[float, ...] | None
-    """(n + 1) weights of the cross entropy, 0 for ignore; None where none are published."""
     label_ids: tuple[int, ...]
-    """(n + 1) train id -> the label id of the data set's own files and of Cityscapes' server; the last is what is
-    written for ignore: 0, VOC's 255."""
     ignored_label_ids: tuple[int, ...] = ()
-    """Label ids that stand for no class of ours."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for palette, weights or label ids without a last entry for ignore, or ids over a byte."""
-        for what in ("palette", "weights", "label_ids"):
-            given = getattr(self, what)
-            if given is not None and len(given) != self.num_outputs:
-                raise ValueError(
-                    f"{self.name}: {len(given)} {what} for {self.num_classes} classes and ignore"
-                )
-        for label_id in (*self.label_ids, *self.ignored_label_ids):
-            if label_id not in range(256):
-                raise ValueError(
-                    f"{self.name}: label id {label_id} does not fit into a byte, 0 to 255"
-                )
-        object.__setattr__(
-            self, "palette", np.asarray(self.palette, np.uint8)
-        )  # pictures take its bytes
+    weights: tuple[float, ...] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -83,49 +59,35 @@ class Classes:
     def output_names(self) -> tuple[str, ...]:
         return (*self.names, "ignore")
 
-    def order(self, names: Sequence[str]) -> list[int] | None:
-        """Where the outputs of a network with these class names stand by our train ids; None for other classes.
+    def order(self, source: object, outputs: int, names: Sequence[str] | None) -> list[int]:
+        """For each train id, the index of a network's output, as `model.reorder` takes it.
 
-        An output beyond the classes must be called as one of `VOID`, and comes last.
+        A network has these classes, with or without one output more. Names may come in any order;
+        `LABEL_0`, which transformers gives, and `class 0` say nothing, and then the order is ours.
+
+        Raises UserError, naming `source`, for another number of outputs or names of other classes.
         """
-        places = {plain(name): i for i, name in enumerate(names)}
-        wanted = [plain(name) for name in self.names]
-        beyond = places.keys() - set(wanted)
-        if (
-            len(places) < len(names)
-            or not places.keys() >= set(wanted)
-            or len(beyond) > 1
-            or not beyond <= VOID
-        ):
-            return None
-        return [places[name] for name in (*wanted, *beyond)]
-
-    def require(self, source: object, outputs: int, names: Sequence[str] | None) -> None:
-        """Refuse a network, from `source`, whose outputs are not these classes, with or without "ignore".
-
-        Raises:
-            UserError: another number of outputs; or `names`, as far as they are known, are of other classes, or of
-                these in another order.
-        """
-        what = None
+        names = names or ()
+        theirs = [plain(name) for name in names]
         if outputs not in (self.num_classes, self.num_outputs):
-            what = f"{outputs} classes, {self.name} has {self.num_classes}"
-        elif names and named(names) and (order := self.order(names)) != list(range(outputs)):
-            what = (
-                f"other classes than {self.name}'s"
-                if order is None
-                else f"{self.name}'s classes in another order"
-            )
-            what += f" ({', '.join(names[:3])} …)"
-        if what:
-            raise UserError(
-                f"{source} predicts {what}; use weights trained on these classes, or their data set"
-            )
+            problem = f"{outputs} classes, and {self.name} has {self.num_classes}"
+        elif all(re.fullmatch(r"(label|class)\d+", name) for name in theirs):
+            return list(range(outputs))
+        else:
+            lacking = [name for name in self.names if plain(name) not in theirs]
+            ours = [theirs.index(plain(name)) for name in self.names if name not in lacking]
+            others = [place for place in range(len(names)) if place not in ours]
+            if not lacking and VOID.issuperset(theirs[place] for place in others):
+                return ours + others
+            problem = f"other classes than {self.name}'s"
+            problem += f"; it has {', '.join(names[place] for place in others[:5])}"
+            problem += f"; it lacks {', '.join(lacking[:5])}"
+        raise UserError(f"{source} predicts {problem}; use weights of these classes, or their data")
 
     def table(self, encoding: Encoding) -> np.ndarray:
         """(256,) uint8: value in a label file -> train id, ignore, or `UNEXPECTED`.
 
-        "train_ids": 0 .. n-1, and 255 for ignore. "label_ids": this data set's own numbering.
+        "train_ids": 0 .. n-1, and 255 for ignore. "label_ids": the data set's own numbering.
         """
         table = np.full(256, UNEXPECTED, np.uint8)
         if encoding == "train_ids":
@@ -137,8 +99,8 @@ class Classes:
         return table
 
 
-# Cordts et al., The Cityscapes Dataset (CVPR 2016). ACDC uses the same classes. The weights are
-# the published 1 / ln(1.1 + share of pixels), at reduced resolution.
+# Cordts et al., The Cityscapes Dataset (CVPR 2016). ACDC and BDD100K use the same classes. The
+# weights are the published 1 / ln(1.1 + share of pixels), at reduced resolution.
 _CITYSCAPES = (
     # name, label id, colour, weight
     ("road", 7, (128, 64, 128), 2.5959737),
@@ -166,57 +128,52 @@ CITYSCAPES = Classes(
     name="Cityscapes",
     names=tuple(name for name, _, _, _ in _CITYSCAPES),
     palette=np.array([colour for _, _, colour, _ in _CITYSCAPES] + [(0, 0, 0)], np.uint8),
-    weights=(*(weight for _, _, _, weight in _CITYSCAPES), 0.0),
     label_ids=(*(label_id for _, label_id, _, _ in _CITYSCAPES), 0),
     # unlabeled .. ground, parking, rail track, guard rail, bridge, tunnel, polegroup, caravan,
     # trailer; the licence plate is -1, which is 255 in a byte
     ignored_label_ids=(0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30, 255),
+    weights=(*(weight for _, _, _, weight in _CITYSCAPES), 0.0),
 )
-CITYSCAPES.palette.setflags(write=False)
 
 
 def colormap(count: int) -> np.ndarray:
-    """(count, 3) uint8, the colours of Pascal VOC: the bits of the class's number, dealt to red, green and blue."""
-    index = np.arange(count)
-    colours = np.zeros((count, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= ((index >> (3 * bit + channel)) & 1).astype(np.uint8) << (
-                7 - bit
-            )
-    return colours
+    """(count, 3) uint8, the colours of Pascal VOC: the bits of the number, dealt to R, G and B."""
+    number = np.arange(count)[:, None]
+    channel = np.arange(3)
+    bits = [(number >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)]
+    return np.sum(bits, axis=0).astype(np.uint8)
 
 
-# Everingham et al., The Pascal Visual Object Classes Challenge (IJCV 2010). Background is a class like the others.
+# Everingham et al., The Pascal Visual Object Classes Challenge (IJCV 2010). Background is a class
+# like the others.
 _VOC = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
 )  # fmt: skip
 
 VOC2012 = Classes(
     name="VOC 2012",
     names=_VOC,
     palette=np.concatenate([colormap(21), np.zeros((1, 3), np.uint8)]),
-    weights=None,
     label_ids=(*range(21), 255),
     ignored_label_ids=(255,),
 )
 
-# Silberman et al., Indoor Segmentation and Support Inference from RGBD Images (ECCV 2012), in the 40 classes of
-# Gupta et al. (CVPR 2013). The label files count from 1; 0 is unlabelled.
+# Silberman et al., Indoor Segmentation and Support Inference from RGBD Images (ECCV 2012), in the
+# 40 classes of Gupta et al. (CVPR 2013). The label files count from 1; 0 is unlabelled.
 _NYU = (
-    "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
-    "counter", "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror", "floor mat", "clothes",
-    "ceiling", "books", "refrigerator", "television", "paper", "towel", "shower curtain", "box", "whiteboard",
-    "person", "night stand", "toilet", "sink", "lamp", "bathtub", "bag", "other structure", "other furniture",
-    "other prop",
+    "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf",
+    "picture", "counter", "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror",
+    "floor mat", "clothes", "ceiling", "books", "refrigerator", "television", "paper", "towel",
+    "shower curtain", "box", "whiteboard", "person", "night stand", "toilet", "sink", "lamp",
+    "bathtub", "bag", "other structure", "other furniture", "other prop",
 )  # fmt: skip
 
 NYU40 = Classes(
     name="NYUv2",
     names=_NYU,
     palette=np.concatenate([colormap(41)[1:], np.zeros((1, 3), np.uint8)]),
-    weights=None,
     label_ids=(*range(1, 41), 0),
     ignored_label_ids=(0, 255),
 )

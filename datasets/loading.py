@@ -1,42 +1,76 @@
 """Batches, in an order that depends on (seed, epoch) alone.
 
-However many workers read, and wherever a run was interrupted, the same epoch holds the same
-batches. Nothing here draws from torch's global random state, so dropout doesn't depend on it
-either.
+However many workers read, and wherever a run was interrupted, an epoch holds the same batches.
+Nothing here draws from torch's global random state, so dropout doesn't depend on it either.
 """
 
+import ctypes
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from datasets.scenes import Item, SceneDataset
 from errors import UserError
 
-Key = int | tuple[int, int]
+Key = int | tuple[int, int]  # an image, or (epoch, image): as training sees it in that epoch
 
 
 class Batch(NamedTuple):
+    """Images (B, 3, H, W) uint8 RGB; labels (B, ceil(H/4), ceil(W/4)) or (B, H, W), uint8 train
+    ids; indices (B,), positions in `dataset.samples`."""
+
     images: Tensor
-    """(B, 3, H, W) uint8 RGB"""
     labels: Tensor
-    """(B, ceil(H/4), ceil(W/4)) or, from a data set with full labels, (B, H, W); uint8 train ids, ignore = n"""
     indices: Tensor
-    """(B,) int64, positions in `dataset.samples`"""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel from a worker as arrays, which go through a pipe.
+
+        Tensors would go through /dev/shm, which is small in containers: a worker that finds it
+        full, or has no file descriptor left, hangs for ever.
+        """
+        return batch_of_arrays, tuple(tensor.numpy() for tensor in self)
+
+
+def batch_of_arrays(*arrays: np.ndarray) -> Batch:
+    return Batch(*map(torch.from_numpy, arrays))
+
+
+def collate(items: Sequence[Item], ignore: int) -> Batch:
+    """Items as a batch of the largest size: at the right and bottom black, and ignored."""
+    indices = torch.tensor([item.index for item in items])
+    images = stack([item.image for item in items], 0)
+    return Batch(images, stack([item.label for item in items], ignore), indices)
+
+
+def stack(maps: Sequence[Tensor], fill: int) -> Tensor:
+    """N maps (…, H, W) as (N, …, largest H, largest W)."""
+    if len({x.shape for x in maps}) == 1:
+        return torch.stack(list(maps))
+    height = max(x.shape[-2] for x in maps)
+    width = max(x.shape[-1] for x in maps)
+    stacked = maps[0].new_full((len(maps), *maps[0].shape[:-2], height, width), fill)
+    for place, x in zip(stacked, maps, strict=True):
+        place[..., : x.shape[-2], : x.shape[-1]] = x
+    return stacked
 
 
 @dataclass(frozen=True)
 class Batches:
-    """An iterable of `Batch`; `len` is their number, before the evaluation's split by size."""
+    """An iterable of `Batch`; `len` is their number, before evaluation's split by size.
+
+    Raises UserError if an image or label can't be read, or a worker died.
+    """
 
     dataset: SceneDataset
     keys: list[list[Key]]
@@ -47,54 +81,68 @@ class Batches:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __iter__(self) -> Iterator[Batch]:
-        done, died_at = 0, -1
-        wrong: UserError | None = None
-        while done < len(self.keys) and not wrong:
-            try:
-                for result in self._results(done):
-                    if isinstance(result, UserError):
-                        wrong = result
-                        break
-                    done += 1
-                    yield from result
-            except Exception as error:
-                if not self.num_workers:
-                    raise
-                if not _worker_died(error):
-                    raise error.with_traceback(None) from None  # the message holds the worker's own
-                if died_at == done:
-                    raise UserError(
-                        "the data-loading workers keep dying; if memory ran out, use fewer --num-workers"
-                    ) from error
-                died_at = done
-                print(
-                    "a data-loading worker died; starting again where it stopped", file=sys.stderr
-                )
-        if wrong:  # only now, when the workers have ended
-            raise wrong
+    def read(self, keys: Sequence[Key]) -> list[Batch] | UserError:
+        """In a worker: the batch of some keys, or evaluation's, one for each run of one size."""
+        try:
+            items = [self.dataset[key] for key in keys]
+        except UserError as error:
+            return error  # raised, it would have the worker's traceback in its message
+        groups = [items]
+        if not self.pad:
+            groups = [list(group) for _, group in groupby(items, lambda item: item.image.shape)]
+        return [collate(group, self.dataset.classes.ignore) for group in groups]
 
-    def _results(self, start: int) -> Iterator[list[Batch] | UserError]:
-        loader = DataLoader(
-            _Reader(self.dataset, self.pad),
-            sampler=self.keys[start:],
-            batch_size=None,  # what is read is a batch already
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            for result in self._start():
+                if isinstance(result, UserError):
+                    raise result
+                yield from result
+        except Exception as error:
+            # The frames of the error hold the workers, which would live until garbage is collected.
+            # In a process that is forked meanwhile this can hang.
+            traceback.clear_frames(error.__traceback__)
+            # Either torch says that a worker died, or the connection to it broke. An error within a
+            # worker, a bug, is "Caught …".
+            died = "DataLoader worker (pid" in str(error)
+            broken = isinstance(error, OSError | EOFError) and "Caught " not in str(error)
+            if not self.num_workers or not (died or broken):
+                raise
+            raise UserError(
+                f"a data-loading worker died ({error}); lower --num-workers, or raise what ran "
+                "out (a container's memory, /dev/shm by --shm-size, files by ulimit -n)"
+            ) from error
+
+    def _start(self) -> Iterator[Any]:
+        """Start the workers."""
+        # Python 3.14 starts workers as new interpreters, which takes seconds an epoch.
+        context = "fork" if self.num_workers and sys.platform == "linux" else None
+        loader = DataLoader[Any](
+            self.keys,  # type: ignore[arg-type]
+            collate_fn=self.read,
+            batch_size=None,  # the keys are a batch's already
             num_workers=self.num_workers,
-            # Python 3.14 starts them as new interpreters, which takes seconds an epoch
-            multiprocessing_context="fork"
-            if self.num_workers and sys.platform == "linux"
-            else None,
+            multiprocessing_context=context,
             pin_memory=self.pin_memory,
-            worker_init_fn=_leave_interrupts_to_the_main_process,
+            worker_init_fn=follow_main_process,
             generator=torch.Generator(),  # else each pass would advance the global random state
         )
-        handler = signal.getsignal(signal.SIGCHLD)
-        results = iter(loader)
-        # torch has set a handler that raises in the midst of whatever the main process does when a worker
-        # dies; without it, fetching the next batch does.
-        if threading.current_thread() is threading.main_thread():
+        # torch sets a handler that raises in the midst of whatever the main process does when a
+        # worker dies. Without it, fetching the next batch raises.
+        handled = hasattr(signal, "SIGCHLD")  # Windows has none
+        handler = signal.getsignal(signal.SIGCHLD) if handled else None
+        iterator = iter(loader)
+        if handled and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)
-        return results
+        return iterator
+
+
+def follow_main_process(worker: int) -> None:
+    """Let the main process alone end a worker: Ctrl-C reaches every process of a terminal."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # Else, where the main process is killed, a worker waits for ever at a full pipe.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def training_batches(
@@ -109,14 +157,14 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Batches:
-    """The batches of one epoch, augmented, from batch `start` on: every image once, in random order.
+    """The batches of an epoch, augmented, from batch `start` on: every image once, in random order.
 
-    The last batch may be smaller. Where images of one batch differ in size, they are padded at the
-    right and bottom to the largest, images with black and labels with ignore.
-    With several processes, `batch_size` is each one's, and rank r gets its share of every global
-    batch of `batch_size · world_size` images: all ranks get equally many batches, none of them
-    empty, whose sizes differ by one image at most (the images left over, if fewer than ranks, join
-    the batch before). Raises UserError if there are fewer images than processes.
+    Images of different sizes are padded at the right and bottom, with black and ignore. With
+    several processes, `batch_size` is each one's, and rank r gets its share of every global batch:
+    all ranks get equally many batches, none of them empty, whose sizes differ by one image at most
+    (the images left over, if fewer than ranks, join the batch before). The last may be smaller.
+
+    Raises UserError if there are fewer images than processes.
     """
     if len(dataset) < world_size:
         raise UserError(f"{len(dataset)} training images are too few for {world_size} processes")
@@ -127,8 +175,8 @@ def training_batches(
         cuts.pop()
     keys: list[list[Key]] = []
     for begin, end in zip(cuts, [*cuts[1:], len(order)], strict=True):
-        share = np.array_split(order[begin:end], world_size)[rank]
-        keys.append([(epoch, int(index)) for index in share])
+        own = np.array_split(order[begin:end], world_size)[rank]
+        keys.append([(epoch, int(index)) for index in own])
     return Batches(dataset, keys[start:], True, num_workers, pin_memory)
 
 
@@ -141,61 +189,10 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Batches:
-    """Every image once and in order, not augmented. All images of a batch have one size: where the
-    size changes, a new batch begins. With several processes, rank r gets the samples r, r +
-    world_size, … and no other.
+    """Every image once and in order, not augmented; rank r gets samples r, r + world_size, …
+
+    All images of a batch have one size: where the size changes, a new batch begins.
     """
     mine = range(rank, len(dataset), world_size)
     keys = [list[Key](mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
     return Batches(dataset, keys, False, num_workers, pin_memory)
-
-
-class _Reader(Dataset):
-    """Reads a batch at a time, in the worker. Hands a UserError over as a value, because
-    DataLoader would put the worker's traceback into its message.
-    """
-
-    def __init__(self, dataset: SceneDataset, pad: bool) -> None:
-        self.dataset = dataset
-        self.pad = pad
-
-    def __getitem__(self, keys: Sequence[Key]) -> list[Batch] | UserError:
-        try:
-            items = [self.dataset[key] for key in keys]
-        except UserError as error:
-            return error
-        if self.pad:
-            return [_stack(_padded(items, self.dataset.classes.ignore))]
-        return [
-            _stack(list(batch)) for _, batch in groupby(items, key=lambda item: item.image.shape)
-        ]
-
-
-def _padded(items: list[Item], ignore: int) -> list[Item]:
-    height = max(item.image.shape[-2] for item in items)
-    width = max(item.image.shape[-1] for item in items)
-    h, w = max(item.label.shape[-2] for item in items), max(item.label.shape[-1] for item in items)
-    return [
-        Item(_pad(image, height, width, 0), _pad(label, h, w, ignore), index)
-        for image, label, index in items
-    ]
-
-
-def _pad(x: Tensor, height: int, width: int, value: int) -> Tensor:
-    return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=value)
-
-
-def _stack(items: list[Item]) -> Batch:
-    images, labels, indices = zip(*items, strict=True)
-    return Batch(torch.stack(images), torch.stack(labels), torch.tensor(indices))
-
-
-def _worker_died(error: Exception) -> bool:
-    """Whether DataLoader says so, or the connection to a worker broke; an error passed on is "Caught …"."""
-    if isinstance(error, OSError | EOFError):
-        return not str(error).startswith("Caught ")
-    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
-
-
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,1 +1,1 @@
-"""Evaluation: confusion matrix and IoU, colour pictures, the report page, and the four scripts."""
+"""Evaluation: confusion matrix and IoU, colour pictures, prediction, the report page."""

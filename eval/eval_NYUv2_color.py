@@ -1,19 +1,16 @@
-"""Colour pictures of what a model predicts on NYUv2 (40 classes).
+"""Segmentations of NYUv2 images (40 classes) as pictures.
 
-    python eval/eval_NYUv2_color.py --datadir /data/nyuv2 --weights student.safetensors
-
-Flags as in eval_cityscapes_color.py.
+python eval/eval_NYUv2_color.py --datadir data/nyuv2 --weights student.safetensors
 """
 
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run from any folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
-from cli import run
-from eval.commands import paint
-from eval.options import ColorOptions
+import cli
+from eval.commands import ColorOptions, paint
 
 
 def main(options: ColorOptions) -> None:
@@ -21,4 +18,4 @@ def main(options: ColorOptions) -> None:
 
 
 if __name__ == "__main__":
-    run(main, ColorOptions)
+    cli.run(main, ColorOptions)

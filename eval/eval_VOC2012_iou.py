@@ -1,19 +1,16 @@
 """IoU per class and mean of a model on Pascal VOC 2012 (21 classes).
 
-    python eval/eval_VOC2012_iou.py --datadir /data/voc2012 --weights student.safetensors
-
-Protocols and `--json` as in eval_cityscapes_iou.py.
+python eval/eval_VOC2012_iou.py --datadir data/voc2012 --weights student.safetensors
 """
 
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run from any folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
-from cli import run
-from eval.commands import score
-from eval.options import IoUOptions
+import cli
+from eval.commands import IoUOptions, score
 
 
 def main(options: IoUOptions) -> None:
@@ -21,4 +18,4 @@ def main(options: IoUOptions) -> None:
 
 
 if __name__ == "__main__":
-    run(main, IoUOptions)
+    cli.run(main, IoUOptions)

@@ -1,8 +1,6 @@
 """Segmentations of any data set's images as pictures, under its own paths; your own data included.
 
-    python eval/eval_color.py --dataset mine --datadir /data/mine --weights student.safetensors --output-dir pictures
-
-Sizes, overlays and id maps as in eval_cityscapes_color.py.
+python eval/eval_color.py --dataset mine --datadir data/mine --weights student.safetensors
 """
 
 import sys
@@ -10,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-if __package__ in (None, ""):  # run from any folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
-from cli import run
+import cli
 from datasets import DATASETS
-from eval.commands import paint
-from eval.options import ColorOptions
+from eval.commands import ColorOptions, paint
 
 
 @dataclass(kw_only=True)
@@ -30,4 +27,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Options)
+    cli.run(main, Options)

@@ -1,8 +1,6 @@
 """IoU per class and mean of a model on any data set, your own included.
 
-    python eval/eval_iou.py --dataset mine --datadir /data/mine --weights student.safetensors
-
-Protocols and `--json` as in eval_cityscapes_iou.py.
+python eval/eval_iou.py --dataset mine --datadir data/mine --weights student.safetensors
 """
 
 import sys
@@ -10,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-if __package__ in (None, ""):  # run from any folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
-from cli import run
+import cli
 from datasets import DATASETS
-from eval.commands import score
-from eval.options import IoUOptions
+from eval.commands import IoUOptions, score
 
 
 @dataclass(kw_only=True)
@@ -30,4 +27,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Options)
+    cli.run(main, Options)

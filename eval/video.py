@@ -1,115 +1,101 @@
-"""Videos, frame by frame, through PyAV (requirements-video.txt)."""
+"""Videos, frame by frame, through PyAV (requirements/video.txt)."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 from PIL import Image
 
 from errors import UserError
 from files import atomic_write, make_folder
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
-
-
-class UnreadableError(Exception):
-    """A file that is no video, or a damaged one."""
+log = logging.getLogger(__name__)
 
 
 class Video:
-    """A video's `rate` in frames a second and its `frames()`; None where the file doesn't say, their `count`, and
-    `about`, what to expect.
+    """A video file to read; `stream` is PyAV's video stream of it.
 
-    Raises:
-        UserError: PyAV is not installed.
-        UnreadableError: the file can't be read as a video.
+    Raises UserError if the file can't be read, or has no video in it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._open() as stream:
-            self.rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
-            self.count: int | None = stream.frames or None
-            duration = (stream.container.duration or 0) / 1_000_000  # in microseconds
-            self.about = self.count or round(duration * self.rate) or None
-
-    def frames(self) -> Iterator[Image.Image]:
-        """RGB pictures as a player shows them, upright. Raises UnreadableError where they can't be read."""
-        with self._open() as stream:
-            for frame in stream.container.decode(stream):
-                image = frame.to_image()
-                yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
-
-    @contextmanager
-    def _open(self) -> Iterator[Any]:
-        av = import_av()
         try:
-            with av.open(
-                str(self.path), metadata_errors="replace"
-            ) as container:  # titles in any encoding
-                if not container.streams.video:
-                    raise UnreadableError("no video in it")
-                stream = container.streams.video[0]
-                stream.thread_type = "AUTO"
-                yield stream
+            container = av.open(str(path), metadata_errors="replace")
         except av.FFmpegError as error:
-            raise UnreadableError(error.strerror) from error
+            raise self.unreadable(error.strerror) from error
+        if not container.streams.video:
+            raise self.unreadable("there is no video in it")
+        self.stream: Any = container.streams.video[0]
+        self.stream.thread_type = "AUTO"
 
+    def unreadable(self, reason: str | None) -> UserError:
+        return UserError(f"{self.path} can't be read as a video: {reason}")
 
-class VideoFile:
-    """An MP4 file (H.264) that grows by `add`; its size is that of the first picture.
+    def frames(self) -> Iterator[tuple[int, Image.Image]]:
+        """Upright RGB pictures, and when each is shown, in units of the stream's `time_base`.
 
-    A picture with an odd side keeps it, with full colour resolution, which not every player shows.
-    """
-
-    def __init__(self, container: Any, rate: Fraction) -> None:
-        self._container, self._rate = container, rate
-        self._stream: Any = None
-
-    def add(self, picture: Image.Image) -> None:
-        if self._stream is None:
-            self._stream = self._container.add_stream(
-                "libx264", rate=self._rate, options={"crf": "18"}
-            )
-            self._stream.width, self._stream.height = picture.size
-            even = picture.width % 2 == picture.height % 2 == 0
-            self._stream.pix_fmt = "yuv420p" if even else "yuv444p"
-        frame = import_av().VideoFrame.from_image(picture.convert("RGB"))
-        self._container.mux(self._stream.encode(frame))
-
-    def finish(self) -> None:
-        """Write what the encoder still holds."""
-        if self._stream is not None:
-            self._container.mux(self._stream.encode(None))
+        A packet that can't be decoded is skipped, with a warning at the end. Raises UserError if
+        the file ends unexpectedly, or holds no frame at all.
+        """
+        broken = 0
+        last = -1
+        try:
+            for packet in self.stream.container.demux(self.stream):
+                try:
+                    decoded = packet.decode()
+                except av.error.InvalidDataError:
+                    broken += 1
+                    continue
+                for frame in decoded:
+                    picture = frame.to_image()
+                    if frame.rotation:
+                        picture = picture.rotate(frame.rotation, expand=True)
+                    last = max(last + 1, frame.pts or 0)
+                    yield last, picture
+        except av.FFmpegError as error:
+            raise self.unreadable(error.strerror) from error
+        if last < 0:
+            raise self.unreadable("there is no frame in it")
+        if broken:
+            log.warning("%s: packets that can't be decoded and are skipped: %d", self.path, broken)
 
 
 @contextmanager
-def writing_video(path: Path, rate: Fraction) -> Iterator[VideoFile]:
-    """A video that has its name only when the block ends well.
+def writing_video(path: Path, source: Any) -> Iterator[Callable[[Image.Image, int], None]]:
+    """Write an MP4 file (H.264), which has its name only when the block ends without an error.
 
-    Raises:
-        UserError: it can't be written.
+    Frame rate, unit of time and shape of the pixels are those of `source`, a video stream of
+    PyAV's. Yields a function that adds a picture, to be shown at a time in units of the source's
+    `time_base`. The size is that of the first picture; an odd side keeps full colour resolution,
+    which not every player shows. Raises UserError if the file can't be written.
     """
+    stream: Any = None
+
+    def add(picture: Image.Image, time: int) -> None:
+        nonlocal stream
+        if stream is None:
+            rate = source.average_rate or source.guessed_rate or 25
+            stream = container.add_stream("libx264", rate, {"crf": "18"})
+            stream.width, stream.height = picture.size
+            even = picture.width % 2 == picture.height % 2 == 0
+            stream.pix_fmt = "yuv420p" if even else "yuv444p"
+            stream.codec_context.time_base = source.time_base
+            stream.codec_context.sample_aspect_ratio = source.sample_aspect_ratio or 1
+        frame = av.VideoFrame.from_image(picture)
+        frame.pts = time
+        frame.time_base = source.time_base
+        container.mux(stream.encode(frame))
+
     make_folder(path.parent)
-    av = import_av()
-    with atomic_write(path) as aside:
+    with atomic_write(path) as temporary:
         try:
-            with av.open(str(aside), "w", format="mp4") as container:
-                file = VideoFile(container, rate)
-                yield file
-                file.finish()
+            with av.open(str(temporary), "w", format="mp4") as container:
+                yield add
+                if stream is not None:
+                    container.mux(stream.encode(None))  # what the encoder still holds
         except av.FFmpegError as error:
             raise OSError(error.errno, error.strerror) from error
-
-
-def import_av() -> Any:
-    """The av package. Raises UserError if it is not installed."""
-    try:
-        import av
-    except ImportError as error:
-        raise UserError(
-            "videos need PyAV; install it by pip install -r requirements-video.txt"
-        ) from error
-    return av

@@ -1,7 +1,10 @@
 """Every segmentation model by name. A new architecture takes one line here."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
+
+from torch import Tensor
 
 from errors import UserError
 from models import lvt, pvtv2, segformer
@@ -16,6 +19,11 @@ BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
     **{name: partial(LVT, name) for name in lvt.CONFIGS},
 }
 MODELS = tuple(BUILDERS)
+ENCODERS = {
+    **{name: config for name, (config, _) in segformer.CONFIGS.items()},
+    **pvtv2.CONFIGS,
+    **lvt.CONFIGS,
+}
 
 
 def create_model(
@@ -25,14 +33,31 @@ def create_model(
 
     Args:
         num_classes: outputs, "ignore" included.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0.
-        dropout: of whole channels ahead of the classifier.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        dropout: share of channels that are dropped ahead of the classifier.
 
-    Raises:
-        UserError: no model has that name.
+    Raises UserError if no model has that name.
     """
     if name not in BUILDERS:
-        raise UserError(f"no model is called {name!r}; choose one of {', '.join(MODELS)}")
+        raise UserError(f"no model is called {name!r}; choose one of {', '.join(BUILDERS)}")
     model = BUILDERS[name](num_classes, drop_path_rate=drop_path_rate, dropout=dropout)
-    model.name, model.num_classes = name, num_classes
+    model.name = name  # by which its files tell what they hold
     return model
+
+
+def recognise(state: dict[str, Tensor]) -> str | None:
+    """The name of the model that these keys and shapes are of, or None.
+
+    PVTv2-B5's bare encoder is the very network of MiT-B5 and goes by SegFormer's name.
+    """
+    # Every block has one such matrix, (hidden, channels): their numbers tell the architecture.
+    found = Counter(
+        tuple(value.shape[:2]) for key, value in state.items() if key.endswith(".mlp.fc1.weight")
+    )
+    is_mit = not any(key.startswith("backbone.") for key in state)
+    for name, config in ENCODERS.items():
+        stages = zip(config.channels, config.mlp_ratios, config.depths, strict=True)
+        expected = {(c * ratio, c): depth for c, ratio, depth in stages}
+        if found == expected and (is_mit or name not in segformer.CONFIGS):
+            return name
+    return None

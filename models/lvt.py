@@ -1,8 +1,8 @@
-"""Lite Vision Transformer (Yang et al., "Lite Vision Transformer with Enhanced Self-Attention", CVPR 2022).
+"""Lite Vision Transformer (Yang et al., CVPR 2022), TransKD's student of another architecture.
 
-TransKD's student of another architecture, with SegFormer's decode head. Stage 1 attends within windows by
-convolutional self-attention (CSA), stages 2–4 by recursive atrous self-attention (RASA). Parameters are named as in
-the published checkpoints. Shapes as in `models.pyramid`.
+It has SegFormer's decode head. Stage 1 attends within windows by convolutional self-attention
+(CSA), stages 2–4 by recursive atrous self-attention (RASA). Parameters are named as in the
+published checkpoints. Shapes: as in `models.pyramid`.
 """
 
 from typing import Any
@@ -11,72 +11,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.base import SegmentationModel
 from models.linear import Linear
-from models.pyramid import (
-    OverlapPatchEmbed,
-    PyramidConfig,
-    init_weights,
-    patch_embeddings,
-    to_map,
-    to_tokens,
-)
+from models.pyramid import PyramidConfig, init_weights, patch_embeddings, to_map, to_tokens
 from models.segformer import AllMLPHead
 
 HEAD_WIDTH = 256
-# Stage 1 has no reduction: it attends within windows.
 CONFIGS = {
     "lvt": PyramidConfig(
-        (64, 64, 160, 256),
-        (2, 2, 2, 2),
+        channels=(64, 64, 160, 256),
+        depths=(2, 2, 2, 2),
         mlp_ratios=(4, 8, 4, 4),
         heads=(2, 2, 5, 8),
-        sr_ratios=(1, 4, 2, 1),
+        sr_ratios=(1, 4, 2, 1),  # stage 1 has no reduction: it attends within windows
     )
 }
 
 
 class ConvolutionalSelfAttention(nn.Module):
-    """CSA: within every k×k window each output position weighs all input positions, by scores from the window's mean.
+    """CSA: within every k×k window each output position weighs all k² input positions.
 
-    Every position of the window has a value matrix of its own, as in a convolution. Windows overlap and add up.
+    The scores come from the mean of 2×2 positions. Every position of a window has a value matrix of
+    its own, as in a convolution.
     """
 
-    KERNEL, STRIDE, PADDING = 3, 2, 1
+    KERNEL = 3
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         positions = self.KERNEL**2
         self.heads = heads
         self.attn = Linear(channels, positions**2 * heads)
-        self.pool = nn.AvgPool2d(self.STRIDE, ceil_mode=True)
-        self.weight = nn.Conv2d(
-            positions * channels, positions * channels, 1, groups=positions, bias=False
-        )
+        self.pool = nn.AvgPool2d(2, ceil_mode=True)
+        width = positions * channels
+        self.weight = nn.Conv2d(width, width, 1, groups=positions, bias=False)
         self.proj = Linear(channels, channels)
-        nn.init.normal_(self.weight.weight, std=(2 / (positions * channels)) ** 0.5)
+        nn.init.normal_(self.weight.weight, std=(2 / width) ** 0.5)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+        """(B, h·w, C) -> (B, h·w, C); L windows, k² positions."""
         k, channels = self.KERNEL, x.shape[2]
         x_map = to_map(x, h, w)
+        # One position of the pooled map for each window: its stride is the windows'.
         scores = self.attn(to_tokens(self.pool(x_map))).unflatten(2, (self.heads, k * k, k * k))
-        scores = (scores * (channels // self.heads) ** -0.5).softmax(
-            -1
-        )  # (B, L windows, heads, k² out, k² in)
-        windows = F.unfold(x_map, k, padding=self.PADDING, stride=self.STRIDE)  # (B, C·k², L)
-        windows = (
-            windows.unflatten(1, (channels, k * k)).transpose(1, 2).flatten(1, 2)
-        )  # (B, k²·C, L)
-        values = self.weight(windows[..., None]).squeeze(-1).unflatten(1, (k * k, self.heads, -1))
-        out = scores @ values.permute(0, 4, 2, 1, 3)  # (B, L, heads, k², d)
+        scale = (channels // self.heads) ** -0.5
+        scores = (scores * scale).softmax(-1)  # (B, L, heads, k² out, k² in)
+
+        windows = F.unfold(x_map, k, padding=1, stride=2)  # (B, C·k², L)
+        # The grouped convolution wants each position's channels together: (B, k²·C, L).
+        windows = windows.unflatten(1, (channels, k * k)).transpose(1, 2).flatten(1, 2)
+        values = self.weight(windows[..., None]).squeeze(-1)  # (B, k²·C, L)
+        values = values.unflatten(1, (k * k, self.heads, -1))  # (B, k², heads, d, L)
+        values = values.permute(0, 4, 2, 1, 3)  # (B, L, heads, k² in, d)
+
+        out = scores @ values  # (B, L, heads, k² out, d)
         out = out.permute(0, 2, 4, 3, 1).flatten(1, 3)  # (B, C·k², L)
-        out = F.fold(out, (h, w), k, padding=self.PADDING, stride=self.STRIDE)
+        # Where windows overlap, their outputs add up.
+        out = F.fold(out, (h, w), k, padding=1, stride=2)
         return self.proj(to_tokens(out))
 
 
 class DilatedDepthwise(nn.Module):
     """One depthwise 3×3 kernel at dilations 1, 3 and 5: sum of SiLU(conv)."""
-
-    DILATIONS = (1, 3, 5)
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -85,21 +81,20 @@ class DilatedDepthwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> the same shape."""
-        one, three, five = (
-            F.silu(F.conv2d(x, self.weight, padding=d, dilation=d, groups=len(self.weight)))
-            for d in self.DILATIONS
-        )
-        return one + three + five
+        scales = []
+        for d in (1, 3, 5):  # with as much padding as dilation the map keeps its size
+            y = F.conv2d(x, self.weight, padding=d, dilation=d, groups=x.shape[1])
+            scales.append(F.silu(y))
+        return scales[0] + scales[1] + scales[2]
 
 
 class RecursiveAtrousSelfAttention(nn.Module):
     """RASA: attention whose queries see several scales, applied twice with the same weights."""
 
-    RECURSIONS = 2
-
     def __init__(self, channels: int, heads: int, sr_ratio: int) -> None:
         super().__init__()
-        self.heads, self.sr_ratio = heads, sr_ratio
+        self.heads = heads
+        self.sr_ratio = sr_ratio
         self.q = Linear(channels, channels, bias=False)
         self.kv = Linear(channels, 2 * channels, bias=False)
         self.proj = Linear(channels, channels)
@@ -110,19 +105,19 @@ class RecursiveAtrousSelfAttention(nn.Module):
         self.ds = DilatedDepthwise(channels)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+        """(B, h·w, C) -> (B, h·w, C)."""
         y = F.silu(self.attention(x, h, w))
-        for _ in range(self.RECURSIONS - 1):
-            y = F.silu(self.attention(x + y, h, w))
-        return y
+        # The sum of what went in and what came out goes through the same weights again.
+        return F.silu(self.attention(x + y, h, w))
 
     def attention(self, x: Tensor, h: int, w: int) -> Tensor:
+        """One pass: (B, h·w, C) -> (B, h·w, C)."""
         q = to_tokens(self.ds(to_map(self.q(x), h, w)))
         q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
         if self.sr_ratio > 1:
             x = self.norm(to_tokens(self.sr(to_map(x, h, w))))  # (B, M, C)
-        k, v = (
-            self.kv(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # (B, heads, M, d) each
+        kv = self.kv(x).unflatten(2, (2, self.heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4)  # (B, heads, M, d) each
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
@@ -136,6 +131,7 @@ class LinearMlp(nn.Module):
         self.fc2 = Linear(hidden, channels)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+        """(B, h·w, C) -> (B, h·w, C)."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -149,84 +145,78 @@ class ConvMlp(nn.Module):
         self.fc2 = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+        """(B, h·w, C) -> (B, h·w, C)."""
         return to_tokens(self.fc2(F.gelu(self.depconv(self.fc1(to_map(x, h, w))))))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block of a stage, which is counted from 0."""
 
-    def __init__(self, channels: int, attention: nn.Module, mlp: nn.Module) -> None:
+    def __init__(self, config: PyramidConfig, stage: int) -> None:
         super().__init__()
+        channels, heads = config.channels[stage], config.heads[stage]
+        hidden = channels * config.mlp_ratios[stage]
         self.norm1 = nn.LayerNorm(channels, eps=1e-5)
-        self.attn = attention
+        self.attn: nn.Module
+        self.mlp: nn.Module
+        if stage == 0:
+            self.attn = ConvolutionalSelfAttention(channels, heads)
+        else:
+            self.attn = RecursiveAtrousSelfAttention(channels, heads, config.sr_ratios[stage])
         self.norm2 = nn.LayerNorm(channels, eps=1e-5)
-        self.mlp = mlp
+        self.mlp = LinearMlp(channels, hidden) if stage == 0 else ConvMlp(channels, hidden)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+        """(B, h·w, C) -> (B, h·w, C)."""
         x = x + self.attn(self.norm1(x), h, w)
         return x + self.mlp(self.norm2(x), h, w)
 
 
-class Stage(nn.ModuleList):
-    """A patch embedding and its blocks, numbered 0 and 1 as in the published checkpoints."""
+class LVTEncoder(nn.Module):
+    """Four stages, each a pair of its patch embedding (0) and its blocks (1), as published."""
 
-    def __init__(self, embed: OverlapPatchEmbed, blocks: list[Block]) -> None:
-        super().__init__([embed, nn.ModuleList(blocks)])
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C_in, H, W) -> feature (B, C, h, w) and embedding (B, h·w, C), as published *before* its LayerNorm."""
-        embed: Any
-        blocks: Any
-        embed, blocks = self
-        x = embed.proj(x)
-        h, w = x.shape[-2:]
-        embedding = to_tokens(x)
-        tokens = embed.norm(embedding)
-        for block in blocks:
-            tokens = block(tokens, h, w)
-        return to_map(tokens, h, w), embedding
-
-
-class LVT(AllMLPHead):
-    """LVT with SegFormer's head. It has no stochastic depth: `drop_path_rate` is there for the other models' sake."""
-
-    def __init__(
-        self, name: str, num_classes: int = 20, *, drop_path_rate: float = 0.0, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, config: PyramidConfig) -> None:
         super().__init__()
+        self.stages = nn.ModuleList()
+        embeds = patch_embeddings((3, *config.channels[:3]), config.channels)
+        for i, embed in enumerate(embeds):
+            blocks = nn.ModuleList(Block(config, i) for _ in range(config.depths[i]))
+            self.stages.append(nn.ModuleList([embed, blocks]))
+
+    def forward(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Images (B, 3, H, W) -> features (B, C_i, h_i, w_i) and embeddings (B, h_i·w_i, C_i).
+
+        As published, an embedding is the projection *before* its LayerNorm.
+        """
+        features, embeddings = [], []
+        x = images.contiguous(memory_format=torch.channels_last)
+        stages: Any = self.stages
+        for embed, blocks in stages:
+            x = embed.proj(x)  # (B, C_i, h_i, w_i)
+            h, w = x.shape[-2:]
+            embeddings.append(to_tokens(x))
+            tokens = embed.norm(embeddings[-1])
+            for block in blocks:
+                tokens = block(tokens, h, w)
+            x = to_map(tokens, h, w)
+            features.append(x)
+        return tuple(features), tuple(embeddings)
+
+
+class LVT(SegmentationModel):
+    """LVT with SegFormer's head. It has no stochastic depth: `drop_path_rate` has no effect."""
+
+    published_names = (
+        ("linear_pred.", "head.classifier."),
+        ("linear_", "head.linear_"),
+        ("backbone.", "encoder.stages."),
+    )
+
+    def __init__(self, name: str, num_classes: int, drop_path_rate: float, dropout: float) -> None:
         config = CONFIGS[name]
-        self.name, self.num_classes, self.channels = name, num_classes, config.channels
-        stages = zip(
-            patch_embeddings((3, *config.channels[:3]), config.channels),
-            config.channels,
-            config.depths,
-            config.heads,
-            config.mlp_ratios,
-            config.sr_ratios,
-            strict=True,
-        )
-        self.backbone = nn.ModuleList()
-        for i, (embed, channels, depth, heads, mlp_ratio, sr_ratio) in enumerate(stages):
-            blocks = []
-            for _ in range(depth):
-                if i == 0:
-                    attention: nn.Module = ConvolutionalSelfAttention(channels, heads)
-                    mlp: nn.Module = LinearMlp(channels, channels * mlp_ratio)
-                else:
-                    attention = RecursiveAtrousSelfAttention(channels, heads, sr_ratio)
-                    mlp = ConvMlp(channels, channels * mlp_ratio)
-                blocks.append(Block(channels, attention, mlp))
-            self.backbone.append(Stage(embed, blocks))
-        self.add_head(config.channels, HEAD_WIDTH, num_classes, dropout)
+        encoder = LVTEncoder(config)
+        head = AllMLPHead(config.channels, HEAD_WIDTH, num_classes, dropout)
+        super().__init__(name, config.channels, encoder, head)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_weights(module)
-
-    def encode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        features, embeddings = [], []
-        x = images.contiguous(memory_format=torch.channels_last)
-        for stage in self.backbone:
-            x, embedding = stage(x)
-            features.append(x)
-            embeddings.append(embedding)
-        return tuple(features), tuple(embeddings)

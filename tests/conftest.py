@@ -1,4 +1,4 @@
-"""A small drawn data set in both layouts, and a way to run the project's commands as a user does."""
+"""A small drawn data set in two layouts, and a way to run the project's commands."""
 
 import os
 import socket
@@ -6,17 +6,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from datasets.synthetic import write_dataset
+from demo.scenes import write_dataset
+from tests.runs import Small
+from tests.trees import write_scene
 
 ROOT = Path(__file__).resolve().parents[1]
-torch.set_num_threads(
-    1
-)  # two tests run at a time; threads that wait for each other are slower than none
 Command = Callable[..., subprocess.CompletedProcess[str]]
+torch.set_num_threads(1)  # two tests run at a time; threads that wait for each other cost time
 
 
 def free_port() -> int:
@@ -32,47 +33,45 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["TRANSKD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+def draw(factory: pytest.TempPathFactory, dataset: str, train: int, val: int) -> Path:
+    root = factory.mktemp(dataset)
+    write_dataset(root, dataset=dataset, train=train, val=val, height=64, width=128, seed=0)
+    return root
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cityscapes layout: 10 training and 4 validation scenes of 64×128."""
-    root = tmp_path_factory.mktemp("cityscapes")
-    write_dataset(root, dataset="cityscapes", train=10, val=4, height=64, width=128, seed=0)
-    return root
+    return draw(tmp_path_factory, "cityscapes", 10, 4)
 
 
 @pytest.fixture(scope="session")
 def weathers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ACDC layout: 2 training and 1 validation scene of 64×128 for each weather."""
-    root = tmp_path_factory.mktemp("acdc")
-    write_dataset(root, dataset="ACDC", train=2, val=1, height=64, width=128, seed=0)
-    return root
+    return draw(tmp_path_factory, "ACDC", 2, 1)
 
 
 @pytest.fixture(scope="session")
 def command() -> Command:
-    """Run `python ARGUMENTS…` in the repository (or `cwd`) and return what it printed and its exit code."""
+    """Run `python ARGUMENTS…` in the repository or in `cwd`, as a user does."""
 
-    def run(
-        *arguments: object, cwd: Path = ROOT, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            cwd=cwd,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+    def run(*arguments: object, cwd: Path = ROOT, **environment: str) -> Any:
+        words = [sys.executable, *map(str, arguments)]
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
     return run
 
 
-@pytest.fixture(scope="session")
-def teacher_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained SegFormer-B2."""
-    from models import create_model, save_model
+@pytest.fixture
+def small(scenes: Path, tmp_path: Path) -> Small:
+    """Trainings on the drawn scenes."""
+    return Small(scenes, tmp_path)
 
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("weights") / "teacher.safetensors"
-    save_model(create_model("segformer_b2"), path)
-    return path
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Nine training images of 64×96 random pixels in Cityscapes' layout."""
+    for i in range(9):
+        write_scene(tmp_path / "data", f"town_{i:02}", extension="jpg" if i % 2 else "png")
+    return tmp_path / "data"

@@ -1,27 +1,23 @@
-"""The numbers measured with the published code, and the rule that gives both sides the same weights."""
+"""The numbers measured with the published code, and the rule that gives both sides the same
+weights."""
 
 import json
 import math
 import zlib
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from datasets.classes import CITYSCAPES
-from models import create_model
-from models.distillation import (
-    CrossSelectiveFusion,
-    Distiller,
-    EmbeddingAssistant,
-    GLMixer,
-    PatchEmbeddingAlignment,
-)
-from models.distillation.review import ReviewFusion
+from models import SegmentationModel, SegmentationOutput, create_model
+from models.distillation import Distiller
+from models.distillation.methods import METHODS as BUILDERS
+from models.distillation.methods import LossOptions
+from models.factory import ENCODERS
 
 FOLDER = Path(__file__).parent / "golden"
 INPUTS = {"A": (2, 3, 64, 128), "B": (1, 3, 96, 160), "C": (1, 3, 65, 131)}
@@ -29,39 +25,31 @@ PLAIN = {  # the published name of a model and ours
     **{f"mit_b{i}": f"segformer_b{i}" for i in range(6)},
     **{name: name for name in ("pvt_v2_b0", "pvt_v2_b2", "lvt")},
 }
-Modules = Callable[
-    [tuple[int, ...], tuple[int, ...]], nn.Module
-]  # from the student's and the teacher's channels
 
 
 class Method(NamedTuple):
-    """What a published distiller combines."""
+    """What a published distiller is called here, and its two networks."""
 
-    alignment: Modules | None = PatchEmbeddingAlignment
-    embed_weights: tuple[float, ...] = (0.1, 0.1, 0.5, 1.0)
-    fusion: Modules = CrossSelectiveFusion
+    name: str
+    embed: Any = 5
     student: str = "segformer_b0"
     teacher: str = "segformer_b2"
 
 
 METHODS = {
-    "transkd_base_b0": Method(),
-    "transkd_gl_b0": Method(GLMixer),
-    "transkd_gl_add_b0": Method(partial(GLMixer, add=True)),
-    "transkd_ea_b0": Method(EmbeddingAssistant),
-    "skf_embed0_b0": Method(None),
-    **{
-        f"skf_embed{k}_b0": Method(partial(PatchEmbeddingAlignment, stages=(k,)), (1.0,))
-        for k in range(1, 5)
-    },
-    "transkd_base_pvt_v2_b0": Method(student="pvt_v2_b0", teacher="pvt_v2_b2"),
-    "transkd_base_lvt": Method(student="lvt"),
-    "reviewkd_b0": Method(None, fusion=ReviewFusion),
+    "transkd_base_b0": Method("transkd_base"),
+    "transkd_gl_b0": Method("transkd_gl"),
+    "transkd_gl_add_b0": Method("transkd_gl_add"),
+    "transkd_ea_b0": Method("transkd_ea"),
+    **{f"skf_embed{k}_b0": Method("transkd_base", embed=k) for k in range(5)},
+    "transkd_base_pvt_v2_b0": Method("transkd_base", student="pvt_v2_b0", teacher="pvt_v2_b2"),
+    "transkd_base_lvt": Method("transkd_base", student="lvt"),
+    "reviewkd_b0": Method("reviewkd"),
 }
 
 
 @cache
-def load(name: str) -> dict:
+def load(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / name).read_text())
 
 
@@ -100,13 +88,10 @@ def published_key(key: str) -> str:
 
 def seed(module: nn.Module) -> nn.Module:
     """Give a module the weights that follow from its parameters' published names."""
-    state = module.state_dict()
-    module.load_state_dict(
-        {
-            k: torch.from_numpy(seeded_value(published_key(k), tuple(v.shape)))
-            for k, v in state.items()
-        }
-    )
+    seeded = {}
+    for key, value in module.state_dict().items():
+        seeded[key] = torch.from_numpy(seeded_value(published_key(key), tuple(value.shape)))
+    module.load_state_dict(seeded)
     return module
 
 
@@ -118,20 +103,33 @@ def golden_labels() -> Tensor:
     return torch.from_numpy(np.random.default_rng(1).integers(0, 20, (2, 16, 32)))
 
 
-def build(name: str, **options: object) -> Distiller:
-    """The seeded distiller of a golden row; a plain model comes in a distiller without a teacher."""
+def build(name: str) -> tuple[Distiller, SegmentationModel | None]:
+    """A golden row's distiller and its teacher; a plain model comes in a distiller without one."""
+    return seeded(name), seeded_teacher(METHODS[name].teacher) if name in METHODS else None
+
+
+def seeded(name: str) -> Distiller:
+    """The distiller alone."""
+    distiller = unseeded(name)
+    seed(distiller.student if name in PLAIN else distiller)
+    return distiller
+
+
+def unseeded(name: str) -> Distiller:
+    """The same as it starts."""
     if name in PLAIN:
-        return Distiller(seed(create_model(PLAIN[name])), CITYSCAPES.weights)
-    method = METHODS[name]
-    student, teacher = create_model(method.student), seed(create_model(method.teacher))
-    channels = student.channels, teacher.channels
-    distiller = Distiller(
-        student,
-        CITYSCAPES.weights,
-        teacher=teacher,
-        fusion=method.fusion(*channels),
-        alignment=method.alignment and method.alignment(*channels),
-        embed_weights=method.embed_weights,
-        **options,
-    )
-    return seed(distiller)
+        return Distiller(create_model(PLAIN[name]), CITYSCAPES.weights)
+    row = METHODS[name]
+    channels, options = ENCODERS[row.teacher].channels, LossOptions(embed=row.embed)
+    student = create_model(row.student)
+    return BUILDERS[row.name].build(student, channels, CITYSCAPES.weights, options)
+
+
+def seeded_teacher(model: str) -> SegmentationModel:
+    return seed(create_model(model)).eval().requires_grad_(False)
+
+
+@cache
+def teacher_output(model: str, dtype: torch.dtype) -> SegmentationOutput:
+    """What the teacher makes of input A."""
+    return seeded_teacher(model).to(dtype)(golden_input("A").to(dtype), logits=False)

@@ -1,73 +1,66 @@
 """`python -m datasets.check` reports a whole tree."""
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from datasets import CITYSCAPES
-from tests.conftest import Command
+from datasets.check import Options, check, main
+from errors import UserError
 
 
-def test_a_sound_tree(command: Command, weathers: Path, tmp_path: Path) -> None:
-    done = command(
-        "-m",
-        "datasets.check",
-        "--dataset",
-        "ACDC",
-        "--datadir",
-        weathers,
-        "--json",
-        tmp_path / "c.json",
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "c.json").read_text())
-    assert {name: part["images"] for name, part in found.items()} == {
-        **{"train": 8, **{f"train/{c}": 2 for c in ("fog", "night", "rain", "snow")}},
-        **{"val": 4, **{f"val/{c}": 1 for c in ("fog", "night", "rain", "snow")}},
-    }
-    assert found["train"]["sizes"] == {"64×128": 8}
-    labels = [np.asarray(Image.open(p)) for p in (weathers / "gt").rglob("train/**/*.png")]
-    road = sum(int((label == CITYSCAPES.names.index("road")).sum()) for label in labels)
-    assert found["train"]["pixels"]["road"] == road > 0
-    assert sum(found["train"]["pixels"].values()) == 8 * 64 * 128
+def test_a_sound_tree(weathers: Path, capsys: Any) -> None:
+    main(Options(weathers, dataset="ACDC"))
+    printed = capsys.readouterr().out
+    assert "traffic light" in printed and "64×128 (8)" in printed and "train/fog" in printed
+    found = check("ACDC", weathers)
+    expected = {"train": 8, "val": 4}
+    for weather in ("fog", "night", "rain", "snow"):
+        expected |= {f"train/{weather}": 2, f"val/{weather}": 1}
+    assert {name: part.images for name, part in found.items()} == expected
+    labels = [np.asarray(Image.open(path)) for path in (weathers / "gt").rglob("train/**/*.png")]
+    road = CITYSCAPES.names.index("road")
+    assert found["train"].pixels["road"] == sum(int((x == road).sum()) for x in labels) > 0
+    assert found["train"].pixels.total() == 8 * 64 * 128 and found["train"].turned == 0
 
 
-def test_every_problem_is_told(command: Command, scenes: Path, tmp_path: Path) -> None:
-    """A broken image, a label too few, a label of another size and one with wrong values: all of them, then exit 2."""
-    root = tmp_path / "data"
-    shutil.copytree(scenes, root)
+def test_every_problem_is_listed(scenes: Path, tmp_path: Path, capsys: Any) -> None:
+    """A photograph that EXIF turns is counted and no problem."""
+    root = shutil.copytree(scenes, tmp_path / "data")
     images = sorted((root / "leftImg8bit" / "train").rglob("*.png"))
     labels = sorted((root / "gtFine" / "train").rglob("*.png"))
     images[0].write_bytes(images[0].read_bytes()[:300])
     labels[1].unlink()
     Image.open(labels[2]).resize((10, 10)).save(labels[2])
     Image.fromarray(np.full((64, 128), 77, np.uint8)).save(labels[3])
-    done = command("-m", "datasets.check", "--datadir", root)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "4 problems" in done.stderr.splitlines()[-1]
-    for path in (images[0], images[1], labels[2], labels[3]):
-        assert path.name in done.stdout
-    assert "77" in done.stdout
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = Image.open(images[4])
+    upright.transpose(Image.Transpose.ROTATE_90).save(images[4], exif=exif)
+    with pytest.raises(UserError, match=r"problems in .*: 4, listed above"):
+        main(Options(root))
+    printed = capsys.readouterr().out
+    assert all(path.name in printed for path in (images[0], images[1], labels[2], labels[3]))
+    assert "77" in printed and images[4].name not in printed
+    assert check("cityscapes", root)["train"].turned == 1
 
 
-def test_a_split_that_is_missing(command: Command, scenes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("leftImg8bit/train", "leftImg8bit/train; expected leftImg8bit/train/"),
+        ("gtFine", "gtFine/val/**/*_gtFine_labelTrainIds.png"),
+        ("", ": 2, listed above"),
+    ],
+)
+def test_what_is_missing(missing: str, words: str, scenes: Path, tmp_path: Path, capsys) -> None:
+    """A split, all labels, or everything: the names that files should have are listed."""
     shutil.copytree(scenes, tmp_path / "data")
-    shutil.rmtree(tmp_path / "data" / "leftImg8bit" / "train")
-    done = command("-m", "datasets.check", "--datadir", tmp_path / "data")
-    assert done.returncode == 2 and "leftImg8bit/train" in done.stdout
-
-
-def test_nothing_there(command: Command, tmp_path: Path) -> None:
-    done = command("-m", "datasets.check", "--datadir", tmp_path / "nowhere")
-    assert done.returncode == 2 and "nowhere" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_no_label_found(command: Command, scenes: Path, tmp_path: Path) -> None:
-    """Then the names that labels should have are told instead of an empty histogram."""
-    shutil.copytree(scenes / "leftImg8bit", tmp_path / "leftImg8bit")
-    done = command("-m", "datasets.check", "--datadir", tmp_path)
-    assert done.returncode == 2 and "gtFine/val/<city>/*_gtFine_labelTrainIds.png" in done.stdout
-    assert "traffic light" not in done.stdout
+    shutil.rmtree(tmp_path / "data" / missing)
+    with pytest.raises(UserError) as error:
+        main(Options(tmp_path / "data"))
+    assert words in capsys.readouterr().out + str(error.value)

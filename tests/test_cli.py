@@ -1,20 +1,23 @@
-"""What every command shares: a user's mistake ends in one line, and a file that is written costs no other."""
+"""What every command shares: a user's mistake ends in exit code 2, and what is written is whole."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from types import SimpleNamespace
+from typing import Any, Literal, NoReturn
 
 import pytest
 import torch
 
 import cli
-from datasets.samples import files_below
 from errors import UserError
-from eval.options import claim_file
-from files import atomic_write
+from files import ROOT, atomic_write
+from models.distillation.methods import METHODS
+from tests import runs
+from train import distill
 
 
 @dataclass
@@ -27,7 +30,11 @@ class Options:
     """How high."""
 
 
-def fail(error: Exception) -> Callable[[Options], NoReturn]:
+def run(monkeypatch: pytest.MonkeyPatch, main: Callable[[Options], Any], *arguments: str) -> int:
+    return runs.call(monkeypatch, SimpleNamespace(main=main, Options=Options), *arguments)
+
+
+def fail(error: BaseException) -> Callable[[Options], NoReturn]:
     def main(options: Options) -> NoReturn:
         raise error
 
@@ -35,107 +42,86 @@ def fail(error: Exception) -> Callable[[Options], NoReturn]:
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "code", "says"),
     [
-        (UserError("no\nsuch thing"), "no such thing"),
-        (
-            FileNotFoundError(2, "No such file", "gone.png"),
-            "can't use gone.png (No such file); check the path",
-        ),
-        (
-            OverflowError("int too large"),
-            "a number is too large (int too large); give a smaller one",
-        ),
-        (MemoryError(), "out of memory"),
+        (UserError("no\nsuch thing"), 2, "error: [rank 3] no such thing"),
+        (FileNotFoundError(2, "No such file", "gone.png"), 2, "error: [rank 3] can't use gone.png"),
+        (MemoryError(), 2, "error: [rank 3] out of memory; lower --batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "error: [rank 3] out of memory"),
+        (RuntimeError("CPU: can't allocate memory"), 2, "error: [rank 3] out of memory"),
+        (KeyboardInterrupt(), 130, "interrupted"),
     ],
-    ids=lambda value: type(value).__name__,
 )
 def test_what_a_user_can_cause_is_one_line(
-    error: Exception, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException, code: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["command"])
-    with pytest.raises(SystemExit) as end:
-        cli.run(fail(error), Options)
+    monkeypatch.setenv("RANK", "3")  # torchrun's
+    assert run(monkeypatch, fail(error)) == code
     (line,) = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and line.startswith(f"error: {says}")
-
-
-@dataclass
-class Required:
-    """Something."""
-
-    name: Literal[
-        "one",
-        "seventy_seven_million",
-        "eight_hundred_thousand",
-        "ninety_nine_billion",
-        "ten_thousand_and_one",
-    ]
-    """What; not to be confused with --kind."""
-    to: Path
-    """Where."""
-    kind: int = 1
-    """Which."""
-
-
-@pytest.mark.parametrize(
-    ("given", "lacking"),
-    [((), "--name, --to"), (("--to", "x"), "--name"), (("--name", "one", "--kind", 2), "--to")],
-)
-def test_what_must_be_given_is_named_alone(given: tuple[object, ...], lacking: str) -> None:
-    with pytest.raises(UserError, match=rf"^{lacking} must be given \(--help shows all flags\)$"):
-        cli.parse(Required, [str(word) for word in given])
+    assert line.startswith(says)
 
 
 @pytest.mark.parametrize("error", [OSError("no path"), KeyError("ours"), RuntimeError("ours")])
-def test_our_own_mistakes_keep_their_traceback(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["command"])
+def test_bugs_keep_their_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(type(error)):
-        cli.run(fail(error), Options)
+        run(monkeypatch, fail(error))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (
-            ["--kind", "three"],
-            r"^invalid choice 'three' for argument '--kind'.*'two'\) ?\. \(--help",
-        ),
-        (
-            ["--height", "x"],
-            r"^value error: Error parsing --height.*'x'; Argument helptext: --height INT How high",
-        ),
-        (["--hieght", "3"], r"^unrecognized options: --hieght, 3; Perhaps you meant: --height INT"),
-        (["--height"], r"^missing argument: Missing value"),
-    ],
-)
-def test_a_wrong_flag_is_said_once(arguments: list[str], says: str) -> None:
-    with pytest.raises(UserError, match=says) as error:
-        cli.parse(Options, arguments)
-    assert "\n" not in str(error.value) and "─" not in str(error.value)
+def test_tyros_box_in_a_terminal() -> None:
+    """At 80 columns it is a whole box."""
+    code, shown = runs.in_terminal(80, "train/student.py", "--hieght", "3", "--datadir", "x")
+    lines = shown.splitlines()
+    assert code == 2 and "--hieght" in shown and "--height" in shown
+    assert {len(line) for line in lines} == {80}, shown
+    assert [lines[0][0], lines[0][-1], lines[-1][0], lines[-1][-1]] == list("╭╮╰╯")
+    assert all(line[0] in "│├" and line[-1] in "│┤" for line in lines[1:-1])
+
+
+def test_a_reader_that_leaves_and_a_full_disk() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "models.zoo", "--help"]
+    common: dict[str, Any] = {"cwd": ROOT, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, stdout=writing, **common)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+    if Path("/dev/full").exists():
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(command, stdout=full, **common)
+        assert done.returncode == 2 and done.stderr.startswith(b"error: can't write the output (no")
+
+
+def test_help(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """How a command is called; methods stand on lines of their own."""
+    assert runs.call(monkeypatch, distill, "--help") == 0
+    lines = [line.removeprefix("- ") for line in capsys.readouterr().out.splitlines()]
+    listed = [line for line in lines if line.startswith(tuple(METHODS))]
+    assert len(listed) >= 10 and all(len(line) < 80 for line in listed)
+    spec = SimpleNamespace(name="models.zoo.__main__")
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
+    assert run(monkeypatch, fail(AssertionError()), "--help") == 0
+    assert capsys.readouterr().out.startswith("usage: python -m models.zoo [")
 
 
 def test_names_that_no_terminal_can_show(
-    monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture
+    monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     """A file's name is bytes; those of an old archive may be no UTF-8."""
-    monkeypatch.setattr(sys, "argv", ["command"])
     with os.fdopen(os.dup(1), "w", encoding="ascii") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
-        cli.run(lambda options: print(os.fsdecode(b"caf\xe9"), "✓"), Options)
+        run(monkeypatch, lambda _: print(os.fsdecode(b"caf\xe9"), "✓"))
     assert capfdbinary.readouterr().out == b"caf\\udce9 \\u2713\n"
 
 
-def test_a_device_that_computes_nothing_is_none() -> None:
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that computes nothing is refused; the GPU that is named is made the current one.
+
+    Plain "cuda" has no number, which torch.cuda.set_device would want.
+    """
+    assert "OMP_WAIT_POLICY" in os.environ
     with pytest.raises(UserError, match="--device meta does not work here"):
         cli.find_device("meta")
-
-
-def test_the_gpu_that_is_named_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain "cuda" has no number, which torch.cuda.set_device would want."""
-    zeros, chosen = torch.zeros, []
+    zeros, chosen = torch.zeros, list[torch.device]()
     monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert [str(cli.find_device(name)) for name in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
@@ -148,50 +134,21 @@ def test_writing_goes_through_a_link_and_replaces_no_device(tmp_path: Path) -> N
     link.symlink_to(target)
     with atomic_write(link) as aside:
         aside.write_text("new")
+    with pytest.raises(KeyError), atomic_write(link) as aside:
+        aside.write_text("half")
+        raise KeyError
     assert link.is_symlink() and target.read_text() == "new"
-    os.mkfifo(tmp_path / "pipe")
-    for place in (tmp_path / "pipe", tmp_path, Path("/")):
-        with (
-            pytest.raises(UserError, match="a folder or a device; name a file"),
-            atomic_write(place),
-        ):
-            pytest.fail("nothing can be written there")
-    with pytest.raises(UserError, match="too long"), atomic_write(tmp_path / ("a" * 300)) as aside:
+    longest = tmp_path / f"{'a' * 251}.png"
+    with atomic_write(longest) as aside:
         aside.write_text("new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["far", "link.json", "pipe"]
-
-
-def test_a_result_takes_the_place_of_a_result_alone(tmp_path: Path) -> None:
-    """`--json` and the weights that were meant for `--weights` are soon mixed up."""
-    weights, before, empty = (tmp_path / name for name in ("last.pt", "eval.json", "new"))
-    weights.write_text("x")
-    before.write_text("x")
-    empty.touch()
-    with pytest.raises(
-        UserError, match=r"last\.pt is there already and does not end in \.json; name another"
+    assert aside.suffix == ".png" and longest.read_text() == "new"
+    longest.unlink()
+    os.mkfifo(tmp_path / "pipe")
+    for place, says in (
+        (tmp_path / "pipe", "a folder or a device; name a file"),
+        (tmp_path, "a folder or a device; name a file"),
+        (tmp_path / ("a" * 300), "too long"),
     ):
-        claim_file(weights)
-    with pytest.raises(UserError, match=r"eval\.json is there already and does not end in \.html"):
-        claim_file(before, ".html")
-    for path in (before, empty, tmp_path / "none", tmp_path / "new folder" / "r.json"):
-        claim_file(path)
-
-
-def test_a_folder_that_must_not_be_read_is_not_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "city").mkdir()
-    (tmp_path / "a.png").touch()
-    assert [path.name for path in files_below(tmp_path)] == ["a.png"] and not list(
-        files_below(tmp_path / "none")
-    )
-    scandir = os.scandir
-
-    def refused(folder: Path) -> object:  # the tests may be root's, who may read all
-        if Path(folder).name == "city":
-            raise PermissionError(13, "Permission denied", str(folder))
-        return scandir(folder)
-
-    monkeypatch.setattr(os, "scandir", refused)
-    with pytest.raises(PermissionError):
-        list(files_below(tmp_path))
+        with pytest.raises(UserError, match=says), atomic_write(place) as aside:
+            aside.write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["far", "link.json", "pipe"]

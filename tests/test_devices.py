@@ -2,8 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from datasets.classes import CITYSCAPES
-from datasets.loading import Batch
 from datasets.transforms import to_float
 from models import create_model
-from models.distillation.methods import METHODS, Settings
-from train import engine
-from train.distributed import Ranks
-from train.engine import Run, State
-from train.optimisation import AveragedWeights
-from train.tracking import Tracker
-from train.TransKDBase import Options
+from models.distillation.methods import METHODS, LossOptions
+from tests import runs
+from train import TransKDBase, engine
+from train.logger import Logger
 
-DEVICE = "meta"
+DEVICE = torch.device("meta")
 
 
 class OneDevice(TorchDispatchMode):
@@ -31,68 +26,53 @@ class OneDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
-        elsewhere = [
-            x
-            for x in tree_leaves((args, kwargs, result))
-            if isinstance(x, Tensor) and x.device.type != DEVICE
-        ]
-        assert not elsewhere, f"{func} with a tensor on {elsewhere[0].device}"
+        for tensor in tree_leaves((args, kwargs, result)):
+            assert not isinstance(tensor, Tensor) or tensor.device == DEVICE, func
         return result
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_stays_on_its_device(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        torch, "autocast", lambda *_, **__: nullcontext()
-    )  # it knows no such device
-    student, teacher = create_model("segformer_b0"), create_model("segformer_b1")
-    distiller = METHODS[method](student, teacher, CITYSCAPES.weights, Settings()).to(DEVICE)
-    distiller.distil_logits()
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no "meta"
+    student, teacher = (create_model(name).to(DEVICE) for name in ("segformer_b0", "segformer_b1"))
+    options = LossOptions(logits_weight=1.0)
+    distiller = METHODS[method].build(student, teacher.channels, CITYSCAPES.weights, options)
+    distiller.to(DEVICE)
     images = torch.rand(2, 3, 64, 64, device=DEVICE)
     labels = torch.zeros(2, 16, 16, dtype=torch.uint8, device=DEVICE)
-    averaged = AveragedWeights(student, 0.99)
     with OneDevice():
-        torch.stack(list(distiller(images, labels).values())).sum().backward()
-        averaged.update(1)
-        averaged.network(images)
+        taught = teacher(images)
+        torch.stack(list(distiller(images, labels, taught).values())).sum().backward()
 
 
-def test_a_step_of_training_asks_the_device_for_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_training_asks_the_device_for_nothing(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bytes are sent, and no number comes back: here, where there are none, that would be an error."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    """Bytes are sent, and no number comes back before losses are logged: where there are none, as
+    here, that would be an error."""
     made_floats_of: list[Tensor] = []
-    monkeypatch.setattr(
-        engine, "to_float", lambda images: made_floats_of.append(images) or to_float(images)
-    )
-    student, teacher = create_model("segformer_b0"), create_model("segformer_b1")
-    distiller = METHODS["transkd_base"](student, teacher, CITYSCAPES.weights, Settings()).to(DEVICE)
-    options, ranks = (
-        Options(datadir=Path(), output_dir=tmp_path, tensorboard=False, steps_loss=3),
-        Ranks("cpu"),
-    )
-    tracker = Tracker(options, ranks, 9, 0, torch.device(DEVICE))
-    tracker.steps_here = 1  # the first step is shown at once, which takes its losses
-    run = SimpleNamespace(
-        options=options,
-        ranks=ranks,
-        state=State(),
-        device=torch.device(DEVICE),
-        learner=distiller,
-        class_weights=torch.tensor(CITYSCAPES.weights),
-        optimizer=torch.optim.SGD(distiller.parameters()),
-        schedule=SimpleNamespace(set=lambda *_: None, lr=1e-3),
-        averaged=AveragedWeights(student, 0.99),
-        tracker=tracker,
-    )
-    images, labels = (
-        torch.zeros(2, 3, 64, 64, dtype=torch.uint8),
-        torch.zeros(2, 16, 16, dtype=torch.uint8),
-    )
-    for _ in range(2):
-        Run.step(cast("Run", run), [Batch(images, labels, torch.arange(2))])
-    assert run.state.step == 2 and len(tracker.pending) == 2
-    assert [(x.device.type, x.dtype) for x in made_floats_of] == [(DEVICE, torch.uint8)] * 2
-    with pytest.raises(RuntimeError, match="item"):  # which is what the third step does
-        tracker.flush(1, 1e-3)
+
+    def note(images: Tensor) -> Tensor:
+        made_floats_of.append(images)
+        return to_float(images)
+
+    def end(*_: Any) -> None:
+        raise InterruptedError("the steps are done")
+
+    more = {"accumulate": 2, "batch_size": 4, "max_steps": 2, "clip_grad": 1.0}
+    run = engine.start(runs.options_of(TransKDBase, scenes, tmp_path, **more))
+    run.device = DEVICE
+    student, teacher = (create_model(name) for name in ("segformer_b0", "segformer_b1"))
+    distiller = METHODS["transkd_base"].build(student, teacher.channels, CITYSCAPES.weights)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(engine, "to_float", note)
+    monkeypatch.setattr(engine, "new_optimizer", lambda d, _: torch.optim.SGD(d.parameters()))
+    weights = iter([torch.ones(20)])  # the class weights, which are fetched once
+    monkeypatch.setattr(Tensor, "cpu", lambda _: next(weights))
+    monkeypatch.setattr(engine, "require_same_run", lambda *_: {})
+    monkeypatch.setattr(engine, "require_finite", end)
+    monkeypatch.setattr(Logger, "log_losses", lambda *_: None)
+    monkeypatch.setattr(teacher.head, "forward", None)  # which isn't needed
+    with runs.as_a_process(), pytest.raises(InterruptedError):
+        engine.train(distiller, run, teacher)
+    assert [(x.device, x.dtype) for x in made_floats_of] == [(DEVICE, torch.uint8)] * 4

@@ -1,6 +1,5 @@
-"""The paper's ablations and baselines: what each compares, and that a name trains what its own script trains."""
+"""The paper's ablations and baselines: what each compares, by hand, and by its name."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,113 +9,93 @@ import torch.nn.functional as F
 
 from datasets.classes import CITYSCAPES
 from errors import UserError
-from models import SegmentationModel, SegmentationOutput, create_model, load_model, save_model
-from models.checkpoints import strip_wrappers
+from models import SegmentationModel, SegmentationOutput, create_model, save_model
+from models.checkpoints import read_checkpoint
 from models.distillation import Distiller
-from models.distillation.methods import METHODS, Settings
+from models.distillation.methods import METHODS, LossOptions
 from models.distillation.skd import pairwise_similarity_loss
 from tests.golden_data import golden_input, golden_labels, seed
+from tests.runs import Small
 from train import TransKDBase, distill
+from train.flags import DistillationOptions
+from train.networks import load_teacher
 
 EMBEDS = ["embed1", "embed2", "embed3", "embed4"]
+TRANSKD = ("transkd_base", "transkd_gl", "transkd_gl_add", "transkd_ea", "gl_ea")
 LOSSES = {
-    **{
-        name: ["hcl", *EMBEDS]
-        for name in ("transkd_base", "transkd_gl", "transkd_gl_add", "transkd_ea", "gl_ea")
-    },
-    **{name: ["hcl"] for name in ("csf", "reviewkd")},
-    **{name: EMBEDS for name in ("pea", "ea")},
+    **{name: ["hcl", *EMBEDS] for name in TRANSKD},
+    **{"csf": ["hcl"], "reviewkd": ["hcl"], "pea": EMBEDS, "ea": EMBEDS, "skd": ["pairwise"]},
     **{name: [name] for name in ("response", "cwd", "cwd_logits")},
-    "skd": ["pairwise"],
 }
 
 
 @pytest.fixture(scope="module")
 def teacher() -> SegmentationModel:
-    return seed(create_model("segformer_b1"))
+    return seed(create_model("segformer_b1")).eval().requires_grad_(False)
 
 
-def build(name: str, teacher: SegmentationModel, **settings: object) -> Distiller:
-    return seed(
-        METHODS[name](
-            create_model("segformer_b0"), teacher, CITYSCAPES.weights, Settings(**settings)
-        )
-    )
+def build(name: str, **losses: Any) -> Distiller:
+    channels = create_model("segformer_b1").channels
+    options = LossOptions(**losses)
+    student = create_model("segformer_b0")
+    return seed(METHODS[name].build(student, channels, CITYSCAPES.weights, options))
+
+
+def losses_of(distiller: Distiller, teacher: SegmentationModel) -> dict[str, torch.Tensor]:
+    images = golden_input("A")
+    taught = teacher(images, logits=distiller.needs_teacher_logits)
+    return distiller(images, golden_labels(), taught)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_learns(
-    name: str, teacher: SegmentationModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its terms, a gradient for every parameter, and the teacher's head only where its logits are compared."""
-    heads = []
-    decode = teacher.decode
-    monkeypatch.setattr(teacher, "decode", lambda features: heads.append(1) or decode(features))
-    distiller = build(name, teacher).train()
-    losses = distiller(golden_input("A"), golden_labels())
+def test_every_method_learns(name: str, teacher: SegmentationModel, tmp_path: Path) -> None:
+    """Its losses, a gradient for every parameter, and the teacher's head only where it counts."""
+    distiller = build(name).train()
+    losses = losses_of(distiller, teacher)
     assert list(losses) == ["ce", *LOSSES[name]]
-    assert len(heads) == (name in ("response", "cwd_logits"))
+    assert distiller.needs_teacher_logits == (name in ("response", "cwd_logits"))
+    assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
     sum(losses[term] for term in LOSSES[name]).backward()
-    for term, loss in losses.items():
-        assert torch.isfinite(loss) and loss > 0, term
-    untouched = {
-        k
-        for k, p in distiller.named_parameters()
-        if p.grad is None and not k.startswith("student.")
-    }
-    assert all("fc1.0" in key for key in untouched)  # CSF's squeeze for a batch of one
-    assert distiller.student.patch_embed1.proj.weight.grad.abs().max() > 0
-    assert strip_wrappers(distiller.state_dict()).keys() == distiller.student.state_dict().keys()
-
-
-def test_what_the_baselines_weigh(teacher: SegmentationModel) -> None:
-    """As their docstrings and docs/RESULTS.md say."""
-    response, logits, cwd, skd = (
-        build(name, teacher) for name in ("response", "cwd_logits", "cwd", "skd")
+    for key, parameter in distiller.named_parameters():
+        # CSF has a squeeze of its own for a batch of one.
+        assert parameter.grad is not None or key.startswith("student.") or "fc1.0" in key, key
+    first = next(distiller.student.encoder.parameters())
+    assert first.grad is not None and first.grad.abs().max() > 0
+    # Of a training's checkpoint the student alone is a network.
+    torch.save({"model": distiller.state_dict()}, tmp_path / "last.pt")
+    assert (
+        read_checkpoint(tmp_path / "last.pt").state.keys() == distiller.student.state_dict().keys()
     )
-    assert response.logit_losses["response"][1:] == (1.0, 1.0)
-    assert logits.logit_losses["cwd_logits"][1:] == (3.0, 4.0)
+
+
+def test_what_the_baselines_weigh() -> None:
+    """As their docstrings and docs/RESULTS.md say; a flag reaches the loss."""
+    response, logits = build("response").logits_loss, build("cwd_logits").logits_loss
+    assert (response.weight, response.temperature) == (1.0, 1.0)
+    assert (logits.weight, logits.temperature) == (3.0, 4.0)
+    cwd, skd = build("cwd"), build("skd")
     assert (cwd.weight, cwd.temperature, skd.weight) == (50.0, 4.0, 0.5)
+    for name in ("response", "cwd_logits", "cwd"):
+        other = build(name, kd_weight=2.0, kd_temperature=3.0)
+        loss = other.logits_loss or other
+        assert (loss.weight, loss.temperature) == (2.0, 3.0)
 
 
-@pytest.mark.parametrize("name", ["response", "cwd", "cwd_logits", "skd", "reviewkd"])
-def test_losses_stay_in_float32(name: str, teacher: SegmentationModel) -> None:
-    distiller = build(name, teacher).eval()
-    with torch.no_grad():
-        exact = distiller(golden_input("A"), golden_labels())
-        with torch.autocast("cpu", torch.bfloat16):
-            rounded = distiller(golden_input("A"), golden_labels())
-    for term, loss in rounded.items():
-        assert loss.dtype == torch.float32
-        assert loss.item() == pytest.approx(exact[term].item(), rel=0.1), term
-
-
-def outputs(classes: int) -> SegmentationOutput:
-    return SegmentationOutput(torch.randn(2, classes, 3, 5), (), ())
-
-
-def test_response_is_hintons_loss_over_the_classes_that_count(teacher: SegmentationModel) -> None:
-    distiller = build("response", teacher, baseline={"weight": 2.0, "temperature": 3.0})
-    s, t = outputs(20), outputs(20)
-    p, q = (
-        out.logits[:, :19].permute(0, 2, 3, 1).reshape(-1, 19).div(3).softmax(1) for out in (t, s)
+def test_response_is_hintons_loss_over_the_classes_that_count() -> None:
+    loss = build("response", kd_weight=2.0, kd_temperature=3.0).logits_loss
+    s, t = (SegmentationOutput(torch.randn(2, 20, 3, 5), (), ()) for _ in range(2))
+    q, p = (
+        out.logits[:, :19].permute(0, 2, 3, 1).reshape(-1, 19).div(3).softmax(1) for out in (s, t)
     )
     expected = 2 * 3**2 * (p * (p / q).log()).sum(1).mean()
-    torch.testing.assert_close(distiller.compare_logits(s, t)["response"], expected)
+    torch.testing.assert_close(loss(s, t), expected)
     s.logits[:, 19], t.logits[:, 19] = 50, -50  # "ignore"
-    torch.testing.assert_close(distiller.compare_logits(s, t)["response"], expected)
-
-
-@pytest.mark.parametrize("name", ["response", "cwd_logits"])
-def test_logits_of_other_classes_are_refused(name: str) -> None:
-    """A teacher without an output for "ignore" is welcome."""
-    assert build(name, create_model("segformer_b1", 19)).needs_teacher_logits
-    with pytest.raises(UserError, match="the teacher has 40 outputs and the student 20"):
-        build(name, create_model("segformer_b1", 40))
+    torch.testing.assert_close(loss(s, t), expected)
 
 
 def test_pairwise_similarities() -> None:
-    """Of the maxima of 2×2 windows: two rows of them, and three columns, of which the last is one pixel wide."""
+    """Of the maxima of 2×2 windows: two rows of them, and three columns, of which the last is one
+    pixel wide."""
     s, t = torch.randn(2, 3, 4, 5), torch.randn(2, 5, 4, 5)
     expected = 0.0
     for b in range(2):
@@ -133,109 +112,45 @@ def test_pairwise_similarities() -> None:
     assert pairwise_similarity_loss(s[:, :, :1, :1], t[:, :, :1, :1]) < 1e-12  # a single place
 
 
-def test_one_stage_and_its_limits(teacher: SegmentationModel) -> None:
-    distiller = build("pea", teacher, stages=(3,), losses={"embed_weights": (1.0,)})
-    assert list(distiller(golden_input("A"), golden_labels())) == ["ce", "embed3"]
-    for name in ("transkd_gl", "gl_ea"):
-        with pytest.raises(UserError, match="stage 4"):
-            build(name, teacher, stages=(3,))
+def test_stages(teacher: SegmentationModel) -> None:
+    """One alone, or none, which leaves CSF of TransKD-Base and nothing of the others."""
+    assert list(losses_of(build("pea", embed=3), teacher)) == ["ce", "embed3"]
+    assert build("transkd_base", embed=0).state_dict().keys() == build("csf").state_dict().keys()
+    for name in ("pea", "ea", "transkd_ea", "gl_ea", "transkd_gl"):
+        with pytest.raises(UserError, match=r"align one stage|stage 4"):
+            build(name, embed=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "flags", "says"),
-    [
-        ("skd", {"kd_temperature": 2.0}, "no --kd-temperature"),
-        ("csf", {"kd_weight": 2.0}, "no --kd-weight"),
-        ("csf", {"embed": 3}, "no --embed"),
-        ("reviewkd", {"embed_weights": (1.0, 1.0, 1.0, 1.0)}, "no --embed"),
-        ("response", {"embed": 3}, "no --embed"),
-        ("cwd", {"knowledge_distillation_loss": "KL"}, "no --knowledge-distillation-loss"),
-        ("pea", {"review_kd_loss_weight": 2.0}, "no --knowledge-distillation-loss"),
-        *(
-            (name, {"embed": 0}, "--embed 0|stage 4")
-            for name in ("pea", "ea", "transkd_gl", "transkd_ea", "gl_ea")
-        ),
-        ("student", {"embed": 2}, "no --embed"),
-        ("student", {"kd_weight": 2.0}, "no --kd-weight"),
-        ("student", {"logits_weight": 5.0}, "--logits-weight is 5.0"),
-        ("response", {"logits_weight": 5.0}, "--logits-weight is 5.0"),
-    ],
-)
-def test_flags_that_a_method_does_not_have(
-    name: str, flags: dict, says: str, teacher: SegmentationModel
-) -> None:
-    with pytest.raises(UserError, match=says):
-        settings = distill.Options(datadir=Path(), method=name, **flags).settings
-        METHODS[name](create_model("segformer_b0"), teacher, None, settings)
+def test_a_teacher_of_other_classes(small: Small) -> None:
+    """It is refused where its logits are compared; one without an output for "ignore" is not."""
+    path = small.folder / "teacher.safetensors"
+    more = {"method": "response", "teacher_weights": path, "max_steps": 1}
+    save_model(create_model("segformer_b0", 40), path)
+    small.refused("predicts 40 classes, and Cityscapes has 19", distill, **more)
+    save_model(create_model("segformer_b0", 19), path)
+    small.train(distill, "run", **more)
 
 
-@pytest.mark.parametrize(
-    ("name", "fusion"), [("transkd_base", True), ("csf", True), ("cwd_logits", False)]
-)
-def test_flags_that_change_nothing_else(
-    name: str, fusion: bool, teacher: SegmentationModel
-) -> None:
-    """`--embed 0` is CSF alone, and says nothing new to who aligns nothing."""
-    settings = distill.Options(datadir=Path(), method=name, embed=0).settings
-    distiller = METHODS[name](create_model("segformer_b0"), teacher, None, settings)
-    assert distiller.alignment is None and (distiller.fusion is not None) == fusion
+def test_a_teachers_classes_are_put_in_order(tmp_path: Path) -> None:
+    """By their names, also for methods that don't look at them."""
+    network = create_model("segformer_b0").eval()
+    network.class_names = (*reversed(CITYSCAPES.names), "void")
+    save_model(network, tmp_path / "t.safetensors")
+    options = DistillationOptions(teacher_weights=tmp_path / "t.safetensors")
+    found = load_teacher(options, "cityscapes", CITYSCAPES)
+    expected = network(golden_input("A")).logits[:, [*reversed(range(19)), 19]]
+    torch.testing.assert_close(found(golden_input("A")).logits, expected)
+    assert not found.training and not any(p.requires_grad for p in found.parameters())
+    options.teacher_model = "segformer_b2"
+    with pytest.raises(UserError, match="holds a segformer_b0, not a segformer_b2"):
+        load_teacher(options, "cityscapes", CITYSCAPES)
 
 
-def test_a_narrow_teacher_is_refused_where_it_would_be_projected_onto(
-    teacher: SegmentationModel,
-) -> None:
-    for name, method in METHODS.items():
-        student, narrow = create_model("segformer_b1"), create_model("segformer_b0")
-        if name in ("response", "cwd_logits", "skd"):
-            losses = method(student, narrow, None, Settings())(golden_input("A"), golden_labels())
-            assert losses["ce"] > 0 and len(losses) == 2
-        else:
-            with pytest.raises(
-                UserError, match="segformer_b0 is narrower than the student segformer_b1"
-            ):
-                method(student, narrow, None, Settings())
-
-
-def test_weight_and_temperature_reach_the_loss(teacher: SegmentationModel) -> None:
-    once, twice = (
-        build("cwd", teacher, baseline={"weight": w, "temperature": 2.0}).eval() for w in (1.0, 2.0)
-    )
-    with torch.no_grad():
-        a, b = (d(golden_input("A"), golden_labels())["cwd"] for d in (once, twice))
-    assert once.temperature == 2 and b.item() == pytest.approx(2 * a.item())
-
-
-@pytest.mark.slow
-def test_a_name_trains_as_the_methods_own_script(
-    teacher: SegmentationModel, scenes: Path, tmp_path: Path
-) -> None:
-    save_model(teacher, tmp_path / "teacher.safetensors")
-    common: dict[str, Any] = {
-        "datadir": scenes,
-        "height": 64,
-        "max_steps": 2,
-        "num_workers": 0,
-        "tensorboard": False,
-        "device": "cpu",
-        "teacher_model": teacher.name,
-        "teacher_weights": tmp_path / "teacher.safetensors",
-    }
-    TransKDBase.main(TransKDBase.Options(output_dir=tmp_path / "script", **common))
-    distill.main(distill.Options(method="transkd_base", output_dir=tmp_path / "name", **common))
-    distill.main(
-        distill.Options(method="skd", student_model="lvt", output_dir=tmp_path / "skd", **common)
-    )
-    a, b, lvt = (
-        load_model(tmp_path / run / "student.safetensors") for run in ("script", "name", "skd")
-    )
-    assert all(
-        torch.equal(x, y)
-        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
-    assert lvt.name == "lvt"
-    assert '"pairwise"' in (tmp_path / "skd" / "metrics.jsonl").read_text()
-    assert json.loads((tmp_path / "name" / "options.json").read_text())["method"] == "transkd_base"
-
-
-def test_names() -> None:
-    assert set(LOSSES) | {"student"} == set(distill.NAMES)
+def test_a_name_trains_as_the_methods_own_script(small: Small) -> None:
+    """And two methods start from the same student."""
+    small.train(TransKDBase, "script", max_steps=2)
+    small.train(distill, "name", max_steps=2, method="transkd_base")
+    small.require_equal("script/student.safetensors", "name/student.safetensors")
+    small.train(distill, "alone", method="student", max_steps=1, teacher_weights=None)
+    assert list(small.losses("alone")[0]) == ["ce", "total"]
+    assert small.losses("alone")[0]["ce"] == small.losses("script")[0]["ce"]

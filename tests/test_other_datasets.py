@@ -1,155 +1,77 @@
-"""NYUv2 and Pascal VOC 2012 on tiny trees of their layouts: nothing assumes 19 classes."""
+"""NYUv2, Pascal VOC 2012 and BDD100K on small trees of their layouts: from files to scores."""
 
 import json
-import shutil
-from pathlib import Path
+from importlib import import_module
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import open_split
-from datasets.classes import CITYSCAPES, NYU40, VOC2012, colormap
-from errors import UserError
-from models import create_model, load_model, save_model
-from tests.conftest import Command
-from tests.test_training import SMALL, records
-from train.TransKDBase import Options, main
+from datasets import LAYOUTS, open_split
+from datasets.classes import NYU40, VOC2012, colormap
+from models import load_model
+from tests.runs import options_of
+from tests.trees import write
+from train import student
 
-RNG = np.random.default_rng(0)
-
-
-def write(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-@pytest.fixture(scope="module")
-def nyu(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("nyu")
-    for subset, names in (("train", "abcd"), ("val", "ef")):
-        (root / f"{subset}.txt").write_text("".join(f"{name}\n" for name in names))
-        for name in names:
-            write(root / "images" / f"{name}.jpg", RNG.integers(0, 256, (70, 90, 3), np.uint8))
-            write(root / "labels40" / f"{name}.png", RNG.integers(0, 41, (70, 90), np.uint8))
-    return root
+# The values that label files hold, and what they mean.
+VALUES = {
+    "NYUv2": ([0, 1, 40], [40, 0, 39]),
+    "VOC2012": ([0, 1, 20, 255], [0, 1, 20, 21]),
+    "BDD100K": ([0, 18, 255], [0, 18, 19]),
+}
 
 
-@pytest.fixture(scope="module")
-def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of different sizes, as VOC has them."""
-    root = tmp_path_factory.mktemp("voc")
-    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+@pytest.fixture(scope="module", params=VALUES)
+def data(request, tmp_path_factory):
+    """Layout and folder of a data set; VOC and others have images of different sizes."""
+    root, rng = tmp_path_factory.mktemp(request.param), np.random.default_rng(0)
+    layout = LAYOUTS[request.param]
     for subset, names in (("train", ["2007_1", "2007_2", "2007_3"]), ("val", ["2008_1", "2008_2"])):
-        (root / "ImageSets" / "Segmentation" / f"{subset}.txt").write_text("\n".join(names))
+        images, labels = (root / x.format(subset=subset) for x in (layout.images, layout.labels))
         for i, name in enumerate(names):
             size = (70 + 10 * i, 90)
-            write(root / "JPEGImages" / f"{name}.jpg", RNG.integers(0, 256, (*size, 3), np.uint8))
-            label = RNG.integers(0, 22, size).astype(np.uint8)
-            label[label == 21] = 255
-            write(root / "SegmentationClassAugRaw" / f"{name}.png", label)
-    return root
+            write(images / f"{name}.jpg", rng.integers(0, 256, (*size, 3)))
+            write(labels / f"{name}.png", rng.choice(VALUES[layout.name][0], size))
+        if layout.list_file:
+            listed = root / layout.list_file.format(subset=subset)
+            listed.parent.mkdir(parents=True, exist_ok=True)
+            listed.write_text("\n".join(names))
+    return layout, root
 
 
-def test_labels_are_shifted_by_one(nyu: Path) -> None:
-    """0 is unlabelled and k means class k - 1."""
-    dataset = open_split("NYUv2", nyu, "train", height=70, cache=False)
-    raw = np.asarray(Image.open(nyu / "labels40" / "a.png")).astype(int)
-    np.testing.assert_array_equal(dataset.full_label(0), np.where(raw == 0, 40, raw - 1))
-
-
-def test_void_is_ignored(voc: Path) -> None:
-    dataset = open_split("VOC2012", voc, "val", height=64, cache=False)
-    raw = np.asarray(Image.open(voc / "SegmentationClassAugRaw" / "2008_1.png"))
-    np.testing.assert_array_equal(dataset.full_label(0), np.where(raw == 255, 21, raw))
+def test_labels_mean_their_classes(data) -> None:
+    layout, root = data
+    dataset = open_split(layout.name, root, "val", height=64)
+    assert [sample.image.stem for sample in dataset.samples] == ["2008_1", "2008_2"]
+    for index, sample in enumerate(dataset.samples):
+        raw = np.asarray(Image.open(sample.label))
+        for value, meaning in zip(*VALUES[layout.name], strict=True):
+            assert (dataset.full_label(index)[raw == value] == meaning).all()
 
 
 def test_colours_of_the_challenge() -> None:
-    """The first and the last of the colours that the challenge's development kit gives."""
-    assert colormap(21)[[0, 1, 2, 15, 20]].tolist() == [
-        [0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [0, 64, 128],
-    ]  # fmt: skip
+    """The first and the last of the colours that VOC's development kit gives."""
+    colours = [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [0, 64, 128]]
+    assert colormap(21)[[0, 1, 2, 15, 20]].tolist() == colours
     assert len(VOC2012.palette) == 22 and len(NYU40.palette) == 41
 
 
-def test_a_list_that_names_what_is_not_there(nyu: Path) -> None:
-    (nyu / "test.txt").write_text("a\nzebra\n")
-    with pytest.raises(UserError, match=r"1 images that are not in .*zebra"):
-        open_split("NYUv2", nyu, "test", cache=False)
+def test_train_evaluate_and_render(data, tmp_path) -> None:
+    (layout, root), classes = data, data[0].classes
+    weights = tmp_path / "student.safetensors"
+    student.main(options_of(student, root, tmp_path, dataset=layout.name, max_steps=1))
+    assert load_model(weights).class_names == classes.output_names
 
-
-@pytest.mark.parametrize("dataset", ["NYUv2", "VOC2012"])
-def test_train_evaluate_and_render(
-    dataset: str, nyu: Path, voc: Path, command: Command, tmp_path: Path
-) -> None:
-    root, classes = (nyu, NYU40) if dataset == "NYUv2" else (voc, VOC2012)
-    flags = (
-        "--dataset",
-        dataset,
-        "--datadir",
-        root,
-        "--output-dir",
-        tmp_path / "run",
-        "--max-steps",
-        2,
-    )
-    done = command("train/student.py", *flags, *SMALL)
-    assert done.returncode == 0, done.stderr
-    weights = tmp_path / "run" / "student.safetensors"
-    assert load_model(weights).num_classes == classes.num_outputs
-    common = ("--datadir", root, "--weights", weights, "--height", 64, "--num-workers", 0)
-    done = command(
-        f"eval/eval_{dataset}_iou.py",
-        *common,
-        "--json",
-        tmp_path / "iou.json",
-        "--protocol",
-        "full",
-    )
-    assert done.returncode == 0, done.stderr
-    assert list(json.loads((tmp_path / "iou.json").read_text())["per_class"]) == list(classes.names)
-    done = command(f"eval/eval_{dataset}_color.py", *common, "--output-dir", tmp_path / "colour")
-    assert done.returncode == 0, done.stderr
+    common = {"datadir": root, "weights": weights, "num_workers": 0}
+    scripts = f"eval.eval_{layout.name}_"
+    if layout.name == "BDD100K":  # which has no scripts of its own
+        scripts, common["dataset"] = "eval.eval_", layout.name
+    score, paint = import_module(f"{scripts}iou"), import_module(f"{scripts}color")
+    scores = tmp_path / "iou.json"
+    score.main(get_type_hints(score.main)["options"](**common, json=scores, protocol="full"))
+    written = json.loads(scores.read_text())
+    assert list(written["per_class"]) == list(classes.names) and written["height"] == 64
+    paint.main(get_type_hints(paint.main)["options"](**common, output_dir=tmp_path / "colour"))
     assert len(list((tmp_path / "colour").rglob("*.png"))) == 2
-
-
-@pytest.mark.parametrize("dataset", ["NYUv2", "VOC2012"])
-def test_distillation(dataset: str, nyu: Path, voc: Path, tmp_path: Path) -> None:
-    """All classes weigh alike; a teacher of other classes (by number or name) is refused for its logits."""
-    root, classes = (nyu, NYU40) if dataset == "NYUv2" else (voc, VOC2012)
-    path = tmp_path / "teacher.safetensors"
-    options = Options(
-        dataset=dataset,
-        datadir=root,
-        output_dir=tmp_path / "run",
-        teacher_model="segformer_b0",
-        teacher_weights=path,
-        logits_weight=1.0,
-        height=64,
-        max_steps=1,
-        num_workers=0,
-        tensorboard=False,
-        device="cpu",
-    )
-    teacher = create_model("segformer_b0", classes.num_outputs)
-    save_model(teacher, path)  # without names
-    main(options)
-    [step] = [r for r in records(tmp_path / "run") if r["event"] == "train"]
-    assert {"ce", "hcl", "embed4", "logits"} < step["losses"].keys()
-    assert load_model(tmp_path / "run" / "student.safetensors").class_names == classes.output_names
-    with pytest.raises(UserError, match=r"predicts \d+ classes, Cityscapes has 19"):
-        options.teacher(CITYSCAPES)
-    teacher.class_names = tuple(f"{name} of another kind" for name in classes.output_names)
-    save_model(teacher, path)
-    with pytest.raises(UserError, match="predicts other classes"):
-        options.teacher(classes)
-    options.logits_weight = 0.0
-    assert options.teacher(classes).num_classes == classes.num_outputs
-
-
-def test_a_list_that_is_missing(command: Command, nyu: Path, tmp_path: Path) -> None:
-    root = shutil.copytree(nyu, tmp_path / "nyu")
-    (root / "train.txt").unlink()
-    done = command("-m", "datasets.check", "--dataset", "NYUv2", "--datadir", root)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "cannot read the list" in done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """TransKD-Base: distil a large SegFormer into a small one by feature maps and patch embeddings.
 
-Liu et al., "TransKD: Transformer Knowledge Distillation for Efficient Semantic Segmentation", arXiv 2202.13393.
+Liu et al., "TransKD: Transformer Knowledge Distillation for Efficient Semantic Segmentation",
+arXiv 2202.13393.
 
     python train/TransKDBase.py --dataset cityscapes --datadir DIR --teacher-weights FILE
 
@@ -17,31 +18,29 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
 import cli
-from models.distillation import CrossSelectiveFusion, Distiller, PatchEmbeddingAlignment
+from models.distillation.methods import METHODS
 from train.engine import start, train
-from train.options import DistillationOptions
+from train.networks import load_teacher, new_student
+from train.options import DistillingOptions
 
 
 @dataclass(kw_only=True)
-class Options(DistillationOptions):
+class Options(DistillingOptions):
     """Train a student with TransKD-Base (CSF and PEA)."""
 
     method = "TransKDBase"
 
 
 def main(options: Options) -> None:
-    setup = start(options)
-    student, teacher = options.student(setup.classes), options.teacher(setup.classes)
-    channels = student.channels, teacher.channels
-    distiller = Distiller(
-        student,
-        setup.classes.weights,
-        teacher=teacher,
-        fusion=CrossSelectiveFusion(*channels),
-        alignment=PatchEmbeddingAlignment(*channels, options.stages) if options.stages else None,
-        **options.losses(),
-    )
-    train(distiller, setup, options)
+    run = start(options)
+    # The student is built first: one seed gives every method the same one.
+    student = new_student(options.student, options.recipe, run.classes)
+    teacher = load_teacher(options.distillation, options.data.dataset, run.classes)
+    # CSF and PEA, beside the student. They learn with it and are not deployed.
+    method = METHODS["transkd_base"]
+    weights = run.class_weights()
+    distiller = method.build(student, teacher.channels, weights, options.distillation)
+    train(distiller, run, teacher)
 
 
 if __name__ == "__main__":

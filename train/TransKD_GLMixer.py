@@ -1,13 +1,14 @@
 """TransKD-GL: TransKD-Base with a Global-Local context Mixer on the deepest patch embedding.
 
-Liu et al., "TransKD: Transformer Knowledge Distillation for Efficient Semantic Segmentation", arXiv 2202.13393.
+Liu et al., "TransKD: Transformer Knowledge Distillation for Efficient Semantic Segmentation",
+arXiv 2202.13393.
 
     python train/TransKD_GLMixer.py --dataset cityscapes --datadir DIR --teacher-weights FILE
 
 What is special about it:
     feature maps       as TransKD-Base: CSF and HCL
-    patch embeddings   GL-Mixer: self-attention (global) and a gated convolution (local) mix the stage-4
-                       embedding before PEA projects it
+    patch embeddings   GL-Mixer: self-attention (global) and a gated convolution (local) mix the
+                       stage-4 embedding before PEA projects it
 """
 
 import sys
@@ -18,14 +19,14 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
 import cli
-from errors import UserError
-from models.distillation import CrossSelectiveFusion, Distiller, GLMixer
+from models.distillation.methods import METHODS
 from train.engine import start, train
-from train.options import DistillationOptions
+from train.networks import load_teacher, new_student
+from train.options import DistillingOptions
 
 
 @dataclass(kw_only=True)
-class Options(DistillationOptions):
+class Options(DistillingOptions):
     """Train a student with TransKD-GL (CSF and GL-Mixer)."""
 
     method = "TransKD_GL"
@@ -33,27 +34,17 @@ class Options(DistillationOptions):
     add: bool = False
     """Add the embedding itself to what the mixer makes of it."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if GLMixer.MIXED_STAGE not in self.stages:
-            raise UserError(
-                f"--embed {self.embed} leaves out stage 4, the one that GL-Mixer mixes; use 4 or 5"
-            )
-
 
 def main(options: Options) -> None:
-    setup = start(options)
-    student, teacher = options.student(setup.classes), options.teacher(setup.classes)
-    channels = student.channels, teacher.channels
-    distiller = Distiller(
-        student,
-        setup.classes.weights,
-        teacher=teacher,
-        fusion=CrossSelectiveFusion(*channels),
-        alignment=GLMixer(*channels, options.stages, add=options.add),
-        **options.losses(),
-    )
-    train(distiller, setup, options)
+    run = start(options)
+    # The student is built first: one seed gives every method the same one.
+    student = new_student(options.student, options.recipe, run.classes)
+    teacher = load_teacher(options.distillation, options.data.dataset, run.classes)
+    # CSF and GL-Mixer, beside the student. They learn with it and are not deployed.
+    method = METHODS["transkd_gl_add" if options.add else "transkd_gl"]
+    weights = run.class_weights()
+    distiller = method.build(student, teacher.channels, weights, options.distillation)
+    train(distiller, run, teacher)
 
 
 if __name__ == "__main__":

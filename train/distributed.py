@@ -1,17 +1,17 @@
-"""One process or many: `torchrun --nproc-per-node N train/TransKDBase.py …` (several nodes by the same command).
+"""One process or many: `torchrun --nproc-per-node N train/TransKDBase.py …`, on one node or more.
 
-Every rank computes its share of a global batch; gradients are averaged by DistributedDataParallel, logged losses
-and confusion matrices over all ranks; rank 0 alone reads and writes the run's folder. Tensors travel by the way of
-their device (NCCL or gloo), what ranks agree on by gloo, which waits for no GPU.
+Every process computes its share of a global batch; gradients are averaged by
+DistributedDataParallel; the main process alone reads and writes the run's folder. Tensors travel by
+the way of their device (NCCL or gloo), Python objects by gloo, which waits for no GPU. With one
+process these functions do nothing.
 """
 
 import gc
 import importlib
 import os
-import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,184 +19,128 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import find_device
+import cli
 from errors import UserError
 
-LOST = (
-    "by peer",
-    "Broken pipe",
-    "ncclRemoteError",
-)  # what gloo and NCCL say of a process that is gone
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-class Ranks:
-    """This process among those that train together.
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
-    Attributes:
-        rank, world_size: 0 and 1 for a process of its own.
-        device: where this process computes.
+
+def is_main_process() -> bool:
+    """Whether this process reads and writes the run's folder, and speaks."""
+    return rank() == 0
+
+
+def init(device: str) -> torch.device:
+    """Join the other processes, if torchrun started some; returns the device of this one.
+
+    Raises UserError if one of the processes can't have its device.
     """
+    started = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these variables
+    gpus = device != "cpu" and torch.cuda.is_available()
+    if started > 1 and device in ("auto", "cuda") and gpus:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU for each process of a node
+    if started > 1 and not dist.is_initialized():
+        # If DistributedDataParallel loads it, later, its default arguments hold the group for good.
+        importlib.import_module("torch.distributed.nn.functional")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "cpu:gloo")
+    with fail_in_all_processes():
+        return cli.find_device(device)
 
-    def __init__(self, device: str) -> None:
-        try:
-            self.rank, self.world_size = (
-                int(os.environ.get("RANK", 0)),
-                int(os.environ.get("WORLD_SIZE", 1)),
-            )
-        except ValueError as error:
+
+def wrap(module: nn.Module, device: torch.device, *, find_unused: bool) -> nn.Module:
+    """The module whose gradients are averaged over processes.
+
+    `find_unused`: a step may leave some parameters unused.
+    """
+    if world_size() == 1:
+        return module
+    # Depthwise weights get channels_last gradients, which are copied: a note about speed alone.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=find_unused)
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of a tensor over processes."""
+    if world_size() > 1:
+        dist.all_reduce(values)  # their sum, in place
+        values = values / world_size()
+    return values
+
+
+def any_process(flag: bool) -> bool:
+    """Whether a flag is true in at least one process."""
+    return bool(mean(torch.tensor(float(flag))) > 0)
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Every process's value, in their order."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """The main process's value."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give all processes the main one's BatchNorm statistics, which differ after a step."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def require_same(facts: dict[str, Any]) -> None:
+    """Raise UserError where processes, which would learn other things, were not given the same."""
+    gathered = all_gather_object(facts)
+    for number, theirs in enumerate(gathered):
+        different = [key for key in facts if theirs[key] != gathered[0][key]]
+        if different:
+            shutdown()
             raise UserError(
-                "RANK and WORLD_SIZE in the environment are no numbers; torchrun sets them"
-            ) from error
-        if self.world_size > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
-            raise UserError(
-                "WORLD_SIZE is set but not the rest of what torchrun sets; start by torchrun, or unset it"
+                f"process {number} has another {', '.join(different)} than process 0; give all "
+                "nodes the same command, data and weights"
             )
-        if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-            raise UserError(
-                f"--device {device} is one GPU for all processes; leave it out, and each takes its own"
-            )
-        gpus = device != "cpu" and torch.cuda.is_available()
-        if self.world_size > 1 and device in ("auto", "cuda") and gpus:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-        if self.world_size > 1 and not dist.is_initialized():
-            # If DistributedDataParallel loads it, later, its default arguments hold the group for good (see `leave`)
-            importlib.import_module("torch.distributed.nn.functional")
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "cpu:gloo")
-        with self.together():
-            self.device = find_device(device)
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def share(self, batch_size: int, accumulate: int) -> int:
-        """Images of a global batch that each rank takes at a time.
-
-        Raises:
-            UserError: they can't be shared out evenly.
-        """
-        parts = self.world_size * accumulate
-        if batch_size % parts:
-            raise UserError(
-                f"--batch-size {batch_size} can't be shared by {self.world_size} processes with --accumulate "
-                f"{accumulate}; it is the global batch, and must be a multiple of {parts}"
-            )
-        return batch_size // parts
-
-    def wrap(self, module: nn.Module, *, some_idle: bool) -> nn.Module:
-        """The module whose gradients are averaged over ranks; `some_idle`: a step may leave parameters unused.
-
-        CSF has two squeezes and uses one of them, according to the batch.
-        """
-        if self.world_size == 1:
-            return module
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        # Depthwise weights get channels_last gradients, which are copied into the buckets: a note about speed alone
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=some_idle)
-
-    def averaging(self, module: nn.Module, now: bool) -> AbstractContextManager[None]:
-        """Whether a backward pass within it averages gradients over ranks, or lets them add up in each."""
-        return (
-            nullcontext()
-            if now or not isinstance(module, DistributedDataParallel)
-            else module.no_sync()
-        )
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean of a tensor over ranks."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
-            values = values / self.world_size
-        return values
-
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
-        return bool(self.mean(torch.tensor(float(flag))) > 0)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in their order."""
-        values: list[Any] = [value]
-        if self.world_size > 1:
-            values = [None] * self.world_size
-            dist.all_gather_object(values, value)
-        return values
-
-    def of_first(self, value: Any) -> Any:
-        """The first rank's value."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, 0)
-        return values[0]
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """What fails in one rank alone ends all of them, instead of leaving the others to wait for it.
-
-        Raises:
-            UserError: this rank's, or else another's.
-        """
-        problem: UserError | None = None
-        try:
-            yield
-        except UserError as error:
-            problem = error
-        told = self.gather(problem and str(problem))
-        if any(told):
-            self.leave()
-            rank = next(rank for rank, text in enumerate(told) if text)
-            raise problem or UserError(f"process {rank}: {told[rank]}")
-
-    def require_same(self, facts: dict[str, Any]) -> None:
-        """Compare what must be the same in all ranks, which would otherwise wait for each other, or learn other things.
-
-        Raises:
-            UserError: it differs.
-        """
-        told = self.gather(facts)
-        for rank, theirs in enumerate(told):
-            if different := [key for key in facts if theirs[key] != told[0][key]]:
-                self.leave()
-                raise UserError(
-                    f"process {rank} has another {', '.join(different)} than process 0; give all nodes the same "
-                    "command, data and weights"
-                )
-
-    def agree(self, module: nn.Module) -> None:
-        """Give every rank the first one's buffers: BatchNorm's statistics differ between ranks after a step."""
-        if self.world_size > 1:
-            for buffer in module.buffers():
-                dist.broadcast(buffer, 0)
-
-    def leave(self) -> None:
-        """Wait for the others and end the process group and its threads; what `wrap` gave must be gone by then.
-
-        A thread of gloo's that is still at work while the interpreter ends can abort the process.
-        """
-        if self.world_size > 1 and dist.is_initialized():
-            gc.collect()  # DistributedDataParallel is a ring that holds the group
-            dist.barrier()
-            dist.destroy_process_group()
 
 
 @contextmanager
-def until_another_ends() -> Iterator[None]:
-    """End in one line where it is another process that has failed: that one says why.
+def fail_in_all_processes() -> Iterator[None]:
+    """A UserError in one process ends all of them: the others would wait for it for ever.
 
-    Raises:
-        UserError: the connection to another process broke.
+    Raises UserError: this process's, or else another's.
     """
+    problem: UserError | None = None
     try:
         yield
-    except Exception as error:
-        if (
-            dist.is_initialized() and dist.get_backend() == "cpu:gloo"
-        ):  # as `leave`; NCCL would wait
-            traceback.clear_frames(error.__traceback__)  # they hold DistributedDataParallel
-            gc.collect()
-            dist.destroy_process_group()
-        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST):
-            raise UserError(
-                "another process has ended (its own message or torchrun's says why); what was saved before is kept"
-            ) from error
-        raise
+    except UserError as error:
+        problem = error
+    # Everybody gets here, and learns what went wrong elsewhere.
+    problems = all_gather_object(problem and str(problem))
+    for number, text in enumerate(problems):
+        if text:
+            shutdown()
+            raise problem or UserError(f"process {number}: {text}")
+
+
+def shutdown() -> None:
+    """Wait for the others and end the process group; what `wrap` gave must be deleted by then."""
+    if dist.is_initialized():
+        # A thread of gloo's that still works while the interpreter ends can abort the process. A
+        # DistributedDataParallel that was deleted still holds the group, by a reference cycle.
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,142 +1,87 @@
-"""How weights change from step to step: AdamW's parameter groups, the learning rate's schedule, averaged weights."""
+"""How weights change from step to step: AdamW, its learning rate, and how many steps there are."""
 
-import copy
 import math
 import sys
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import PolynomialLR
+from torch import nn
+from torch.optim import AdamW
 
-from models.base import SegmentationModel
-from train.options import TrainingOptions
+from train.flags import RecipeOptions
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How long a run is."""
-
-    steps_per_epoch: int
-    epochs: int
-    """Passes over the training images."""
-    limit: int
-    """Most steps."""
-    recipe_epoch: int | None = None
-    """With `--keep-steps`: the steps of an epoch at the recipe's batch, which count for the schedule."""
-
-    @staticmethod
-    def of(options: TrainingOptions, images: int, steps_per_epoch: int) -> "Plan":
-        """For a number of training images; `--keep-steps` repeats epochs until the recipe's steps are done."""
-        epochs, limit, recipe_epoch = options.num_epochs, options.max_steps or sys.maxsize, None
-        if options.keep_steps:
-            recipe_epoch = math.ceil(images / options.recipe_batch_size)
-            limit = min(limit, epochs * recipe_epoch)
-            epochs = math.ceil(epochs * recipe_epoch / steps_per_epoch)
-        return Plan(steps_per_epoch, epochs, limit, recipe_epoch)
-
-    @property
-    def steps(self) -> int:
-        """Of the whole run."""
-        return min(self.epochs * self.steps_per_epoch, self.limit)
-
-    def total_steps(self, epoch: int, batch: int, step: int) -> int:
-        """The number of the last step, for a run that has done `batch` steps of `epoch`, and `step` steps in all.
-
-        What is left is counted by this plan; what was done may have been by another, with a batch of another size.
-        """
-        if self.recipe_epoch:  # `epoch` may have been counted by other steps
-            return self.limit
-        of_epoch = max(self.steps_per_epoch - batch, 0)
-        left = (
-            (self.epochs - epoch) * self.steps_per_epoch + of_epoch if epoch <= self.epochs else 0
-        )
-        return min(step + left, self.limit)
-
-
-def new_optimizer(distiller: nn.Module, options: TrainingOptions) -> AdamW:
-    """AdamW on every parameter; with `--decay matrices`, those of one dimension (norms, biases) form a second group."""
+def new_optimizer(distiller: nn.Module, recipe: RecipeOptions) -> AdamW:
+    """AdamW on every parameter that learns; `--decay matrices` spares norms and biases."""
     parameters = list(distiller.parameters())
     groups: list[dict[str, Any]] = [{"params": parameters}]
-    if options.decay == "matrices":
+    if recipe.decay == "matrices":
         groups = [
             {"params": [p for p in parameters if p.ndim > 1]},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-    return AdamW(
-        groups,
-        lr=options.lr,
-        betas=options.betas,
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
+    # Fused: one kernel for all parameters, on a GPU and on a CPU.
+    numbers: dict[str, Any] = {"betas": recipe.betas, "eps": recipe.eps}
+    return AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay, fused=True, **numbers)
 
 
-class Schedule:
-    """The learning rate of every step.
-
-    By epoch, as published: epoch e has lr·(1 − e/1500), for the published schedule makes its first step before the
-    training does. By step: lr·(1 − s/S) after s of S steps. A linear warm-up multiplies either.
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is, and the learning rate of each of its steps.
 
     Attributes:
-        lr: the rate in force.
+        epochs: passes over the training images.
+        limit: the run ends after this many steps even if epochs are left.
+        recipe_epoch: with `--keep-steps`, the steps of an epoch at the published batch size.
     """
 
-    def __init__(self, optimizer: Optimizer, options: TrainingOptions, plan: Plan) -> None:
-        self.lr = options.lr
-        self.optimizer, self.options, self.plan = optimizer, options, plan
-        stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr)
-        self.by_epoch = PolynomialLR(
-            stand_in, total_iters=options.lr_decay_epochs, power=options.lr_power
-        )
+    recipe: RecipeOptions
+    steps_per_epoch: int
+    epochs: int
+    limit: int
+    recipe_epoch: int | None = None
 
-    def set(self, epoch: int, step: int) -> None:
-        """Give the optimizer the rate of the next step, after `step` steps, in `epoch`."""
-        if self.options.schedule == "epoch":
-            lr = self._of_epoch(
-                1 + step // self.plan.recipe_epoch if self.plan.recipe_epoch else epoch
-            )
-        else:
-            lr = self.options.lr * max(1 - step / self.plan.steps, 0) ** self.options.lr_power
-        lr *= min((step + 1) / max(self.options.warmup_steps, 1), 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.lr = lr
+    @classmethod
+    def of(cls, recipe: RecipeOptions, published_batch: int, images: int, per_epoch: int) -> "Plan":
+        """The plan for a number of training images, which are seen in `per_epoch` steps."""
+        limit = recipe.max_steps or sys.maxsize
+        if not recipe.keep_steps:
+            return cls(recipe, per_epoch, recipe.num_epochs, limit)
+        # Epochs are repeated until as many steps are done as the published batch size would give.
+        recipe_epoch = math.ceil(images / published_batch)
+        steps = recipe.num_epochs * recipe_epoch
+        return cls(recipe, per_epoch, math.ceil(steps / per_epoch), min(limit, steps), recipe_epoch)
 
-    def _of_epoch(self, epoch: int) -> float:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Detected call of `lr_scheduler.step", UserWarning
-            )  # a stand-in's
-            while self.by_epoch.last_epoch < epoch:
-                self.by_epoch.step()
-        return float(self.by_epoch.get_last_lr()[0])
+    @property
+    def steps(self) -> int:
+        """Steps of a run from its beginning to its end."""
+        return min(self.epochs * self.steps_per_epoch, self.limit)
 
+    def total_steps(self, epoch: int, batch: int, step: int) -> int:
+        """The number of the last step of a run that is continued by this plan.
 
-class AveragedWeights:
-    """An exponential moving average of a network: a ← d·a + (1 − d)·w with d = min(decay, (1 + t) / (10 + t)).
+        `step` steps are done, `batch` of them in `epoch`, which is the one under way.
+        """
+        if self.recipe_epoch:
+            return self.limit
+        if epoch > self.epochs:
+            return min(step, self.limit)
+        # The steps that are done, perhaps with another batch size, and those left by this plan.
+        left = (self.epochs - epoch) * self.steps_per_epoch + max(self.steps_per_epoch - batch, 0)
+        return min(step + left, self.limit)
 
-    d grows with the steps t, so that the average forgets the initial weights. BatchNorm's statistics are averaged
-    likewise, its counters copied.
-    """
+    def learning_rate(self, epoch: int, step: int) -> float:
+        """The learning rate of the next step, after `step` steps, in `epoch` (from 1).
 
-    def __init__(self, network: SegmentationModel, decay: float) -> None:
-        self.decay = decay
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        ours, theirs = self.network.state_dict(), network.state_dict()
-        pairs = [(ours[key], theirs[key]) for key in ours]
-        self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        self.copied = [pair for pair in pairs if not pair[0].is_floating_point()]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after `step` steps."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        ours: list[Tensor] = [a for a, _ in self.averaged]
-        torch._foreach_lerp_(ours, [w for _, w in self.averaged], 1 - decay)
-        for count, new in self.copied:
-            count.copy_(new)
+        By epoch, as published: lr·(1 − e/1500) in epoch e. By step: lr·(1 − s/S) after s of S
+        steps. A linear warm-up multiplies either.
+        """
+        recipe = self.recipe
+        done = step / self.steps
+        if recipe.schedule == "epoch":
+            if self.recipe_epoch:
+                epoch = 1 + step // self.recipe_epoch  # as the published batch size counts them
+            # The published scheduler steps once as it is built: epoch 1 is 1/1500 below lr.
+            done = epoch / recipe.lr_decay_epochs
+        warmup = min((step + 1) / max(recipe.warmup_steps, 1), 1)
+        return recipe.lr * max(1 - done, 0) ** recipe.lr_power * warmup

@@ -2,12 +2,13 @@
 
     python train/teacher.py --dataset cityscapes --datadir DIR
 
-It starts from `ckpt_pretrained/` (`--teacher-weights FILE` names other weights, `--from-scratch` none) and writes
-teacher.safetensors (last) and teacher_best.safetensors, for `--teacher-weights` of the distillation scripts.
+It starts from `ckpt_pretrained/` (`--teacher-weights` names other weights, `--from-scratch` none)
+and writes teacher.safetensors (last) and teacher_best.safetensors, for `--teacher-weights` of the
+distillation scripts.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +16,25 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
 import cli
-from errors import UserError
 from models.distillation import Distiller
 from models.factory import MODELS
 from train.engine import start, train
-from train.options import TrainingOptions, existing_weights, pretrained_path
+from train.flags import RecipeOptions, local
+from train.networks import new_network
+from train.options import Options as TrainingOptions
+
+
+@dataclass(kw_only=True)
+class TeacherOptions:
+    """The network that learns."""
+
+    teacher_model: Literal[MODELS] = "segformer_b2"  # type: ignore[valid-type]
+    """Architecture."""
+    teacher_weights: Path | None = local(None)
+    """Start from these weights (an ImageNet encoder or a whole network; a file, or a name of the
+    Hugging Face hub) instead of ckpt_pretrained/."""
+    from_scratch: bool = False
+    """Start from random weights."""
 
 
 @dataclass(kw_only=True)
@@ -28,40 +43,24 @@ class Options(TrainingOptions):
 
     method = "teacher"
     network = "teacher"
+    published_batch_size = 8
 
-    batch_size: int = 8
-    """Images a step."""
-    teacher_model: Literal[MODELS] = "segformer_b2"  # type: ignore[valid-type]
-    """Architecture."""
-    teacher_weights: Path | None = None
-    """Start from these weights (an ImageNet encoder or a whole network) instead of ckpt_pretrained/."""
-    from_scratch: bool = False
-    """Start from random weights."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.from_scratch and self.teacher_weights is not None:
-            raise UserError(
-                "--from-scratch starts from no weights; leave it or --teacher-weights out"
-            )
-
-    def find_weights(self) -> None:
-        self.teacher_start()
-
-    def teacher_start(self) -> Path | None:
-        """The weights to start from, if any. Raises UserError if they are missing."""
-        if self.teacher_weights is not None:
-            return existing_weights(self.teacher_weights, "--teacher-weights")
-        if self.from_scratch:
-            return None
-        return pretrained_path(self.teacher_model, ", or start without them by --from-scratch")
+    recipe: RecipeOptions = field(default_factory=lambda: RecipeOptions(batch_size=8))
+    teacher: TeacherOptions = field(default_factory=TeacherOptions)
 
 
 def main(options: Options) -> None:
-    setup = start(options)
-    teacher = options.new_model(options.teacher_model, setup.classes)
-    options.load_start(teacher, options.teacher_start())
-    train(Distiller(teacher, setup.classes.weights), setup, options)
+    run = start(options)
+    chosen = options.teacher
+    network = new_network(
+        chosen.teacher_model,
+        options.recipe,
+        run.classes,
+        chosen.teacher_weights,
+        pretrained=not chosen.from_scratch,
+    )
+    # A distiller without a teacher: cross entropy alone.
+    train(Distiller(network, run.class_weights()), run)
 
 
 if __name__ == "__main__":

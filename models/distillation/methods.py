@@ -1,10 +1,14 @@
-"""Every method by name: the paper's, its ablations, its baselines. A new one is a file here and a line in METHODS."""
+"""Every method by name: the paper's, its ablations, its baselines.
+
+All have cross entropy, and `--logits-weight` gives each a loss between class probabilities. What
+else a method has is in its row of METHODS. A new one is a file here and a row there.
+"""
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -12,141 +16,142 @@ from errors import UserError
 from models.base import SegmentationModel
 from models.distillation.csf import CrossSelectiveFusion
 from models.distillation.cwd import ChannelWiseFeatures
-from models.distillation.distiller import Distiller, LogitLoss
+from models.distillation.distiller import Distiller, FeatureLoss, LogitsLoss, TransKD
 from models.distillation.embedding_assistant import EmbeddingAssistant
-from models.distillation.gl_ea import MixerWithAssistant
 from models.distillation.gl_mixer import GLMixer
-from models.distillation.losses import channel_wise_divergence, pixel_wise_divergence
+from models.distillation.losses import (
+    FEATURE_LOSSES,
+    channel_wise_divergence,
+    hierarchical_context_loss,
+    pixel_wise_divergence,
+)
 from models.distillation.pea import ALL_STAGES, PatchEmbeddingAlignment
 from models.distillation.review import ReviewFusion
 from models.distillation.skd import PairwiseDistiller
 
+POSITIVE = {"least": 1e-6}
+
+
+@dataclass(kw_only=True)
+class LossOptions:
+    """Which losses there are and how they are weighted; the defaults are the published ones."""
+
+    embed: Literal[0, 1, 2, 3, 4, 5] = 5
+    """Patch embeddings that are distilled: 0 none, 1–4 that stage alone, 5 all four."""
+    embed_weights: tuple[float, float, float, float] = (0.1, 0.1, 0.5, 1.0)
+    """Weights of the four stages' embedding losses (with --embed 5; a single stage has 1)."""
+    knowledge_distillation_loss: Literal["hcl", "CWloss", "KL"] = "hcl"
+    """Loss between fused features and the teacher's: hierarchical context, softmax over space, over
+    channels."""
+    review_kd_loss_weight: float = 1.0
+    """Weight of the hierarchical context loss."""
+    lambda_cwd: float = 1.0
+    """Weight of CWloss and KL."""
+    temperature: float = field(default=1.0, metadata=POSITIVE)
+    """Temperature of CWloss and KL."""
+    logits_weight: float = 0.0
+    """Weight of one more loss, between class probabilities: KL(teacher‖student). 0: none, as
+    published."""
+    logits_temperature: float = field(default=1.0, metadata=POSITIVE)
+    """Temperature of that loss."""
+    kd_weight: float | None = None
+    """Weight of the loss of response, cwd, cwd_logits, skd. Default: the method's own."""
+    kd_temperature: float | None = field(default=None, metadata=POSITIVE)
+    """Temperature of response, cwd, cwd_logits. Default: the method's own."""
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The stages whose embeddings are aligned."""
+        return {0: (), 5: ALL_STAGES}.get(self.embed, (self.embed,))
+
+    def transkd_arguments(self) -> dict[str, Any]:
+        """The arguments of `TransKD` about its losses."""
+        name = self.knowledge_distillation_loss
+        loss: FeatureLoss = hierarchical_context_loss
+        weight = self.review_kd_loss_weight
+        if name != "hcl":
+            loss = partial(FEATURE_LOSSES[name], temperature=self.temperature)
+            weight = self.lambda_cwd
+        return {
+            "feature_loss": loss,
+            "feature_loss_name": name,
+            "feature_weight": weight,
+            "embed_weights": self.embed_weights if self.embed == 5 else (1.0,) * len(self.stages),
+        }
+
 
 @dataclass(frozen=True)
-class Settings:
-    """What a user decides about a method."""
+class Method:
+    """What a method has beside cross entropy and `--logits-weight`: one of three kinds."""
 
-    stages: Sequence[int] = ALL_STAGES
-    """Whose patch embeddings are aligned."""
-    losses: Mapping[str, Any] = field(default_factory=dict)
-    """The loss arguments of `Distiller`, for methods with a fusion or an alignment."""
-    baseline: Mapping[str, float] = field(default_factory=dict)
-    """Arguments of a baseline that differ from its own defaults: weight, temperature."""
-
-    def refuse_others(
-        self, *, fusion: object = None, alignment: object = None, baseline: Collection[str] = ()
-    ) -> None:
-        """Raise UserError for a setting of what a method with these parts alone doesn't have."""
-        defaults = inspect.signature(Distiller).parameters
-        changed = {name for name, value in self.losses.items() if value != defaults[name].default}
-        unused = [f"--kd-{name}" for name in sorted(self.baseline.keys() - set(baseline))]
-        if fusion is None and changed - {"embed_weights"}:
-            unused.append("--knowledge-distillation-loss or weight of it")
-        if (
-            alignment is None
-            and self.stages
-            and (tuple(self.stages) != ALL_STAGES or "embed_weights" in changed)
-        ):
-            unused.append("--embed or --embed-weights")
-        if unused:
-            raise UserError(f"this method has no {', no '.join(unused)}; leave it out")
-
-
-Method = Callable[
-    [SegmentationModel, SegmentationModel, Sequence[float] | None, Settings], Distiller
-]
-
-
-def transkd(
-    fusion: Callable[..., nn.Module] | None, alignment: Callable[..., Any] | None
-) -> Method:
-    """Feature maps through `fusion`, patch embeddings through `alignment`; both made from the two models' widths.
-
-    `--embed 0` leaves CSF alone of TransKD-Base; of other methods it would leave out what they are about.
-    """
+    # TransKD: of feature maps, by `--knowledge-distillation-loss`; of patch embeddings, by MSE.
+    fusion: Callable[..., nn.Module] | None = None
+    alignment: Callable[..., nn.Module] | None = None
+    # A loss between logits alone.
+    logits: LogitsLoss | None = None
+    # A class with losses of its own.
+    distiller: Callable[..., Distiller] | None = None
 
     def build(
+        self,
         student: SegmentationModel,
-        teacher: SegmentationModel,
-        class_weights: Sequence[float] | None,
-        settings: Settings,
+        teacher_channels: Sequence[int],
+        class_weights: Sequence[float] | None = None,
+        options: LossOptions | None = None,
     ) -> Distiller:
-        settings.refuse_others(fusion=fusion, alignment=alignment)
-        if (
-            alignment
-            and not settings.stages
-            and (fusion is None or alignment is not PatchEmbeddingAlignment)
-        ):
-            raise UserError(
-                "--embed 0 leaves out what this method is about; align a stage, or take --method csf"
-            )
-        channels = student.channels, teacher.channels
-        return Distiller(
+        """The distiller of a student, for a teacher of these widths.
+
+        Raises UserError if the method is about embeddings, and no stage's is aligned.
+        """
+        options = options or LossOptions()
+        given = {"weight": options.kd_weight, "temperature": options.kd_temperature}
+        own: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if self.logits is not None:
+            return Distiller(student, class_weights, logits_loss=replace(self.logits, **own))
+        logits_loss = None
+        if options.logits_weight:  # Hinton et al., arXiv 1503.02531
+            weighting = options.logits_weight, options.logits_temperature
+            logits_loss = LogitsLoss("logits", pixel_wise_divergence, *weighting)
+        if self.distiller is not None:
+            # A weight or temperature that the method doesn't have has no effect.
+            own["teacher_channels"] = teacher_channels
+            known = inspect.signature(self.distiller).parameters
+            own = {name: value for name, value in own.items() if name in known}
+            return self.distiller(student, class_weights, logits_loss=logits_loss, **own)
+        fusion = alignment = None
+        if self.fusion is not None:
+            fusion = self.fusion(student.channels, teacher_channels)
+        if self.alignment is not None and options.stages:
+            alignment = self.alignment(student.channels, teacher_channels, options.stages)
+        elif self.alignment is not None and self != METHODS["transkd_base"]:
+            # --embed 0 leaves CSF of TransKD-Base, and nothing that is special about the others.
+            raise UserError("this method is about patch embeddings; align one stage at least")
+        return TransKD(
             student,
             class_weights,
-            teacher=teacher,
-            fusion=fusion and fusion(*channels),
-            alignment=alignment(*channels, settings.stages)
-            if alignment and settings.stages
-            else None,
-            **settings.losses,
+            fusion=fusion,
+            alignment=alignment,
+            logits_loss=logits_loss,
+            **options.transkd_arguments(),
         )
 
-    return build
 
-
-def logits(name: str, loss: LogitLoss, **defaults: float) -> Method:
-    """A loss between the logits alone."""
-
-    def build(
-        student: SegmentationModel,
-        teacher: SegmentationModel,
-        class_weights: Sequence[float] | None,
-        settings: Settings,
-    ) -> Distiller:
-        settings.refuse_others(baseline=("weight", "temperature"))
-        distiller = Distiller(student, class_weights, teacher=teacher)
-        distiller.distil_logits(**defaults | dict(settings.baseline), loss=loss, name=name)
-        return distiller
-
-    return build
-
-
-def baseline(distiller: type[Distiller]) -> Method:
-    """A distiller with losses of its own."""
-
-    def build(
-        student: SegmentationModel,
-        teacher: SegmentationModel,
-        class_weights: Sequence[float] | None,
-        settings: Settings,
-    ) -> Distiller:
-        settings.refuse_others(baseline=inspect.signature(distiller).parameters)
-        return distiller(student, class_weights, teacher=teacher, **settings.baseline)  # type: ignore[arg-type]
-
-    return build
-
-
-# Weights and temperatures are this project's; the authors of SKD and CWD weigh class probabilities by 10 (T = 1), and
-# leave CWD's two to the caller of their code.
-LOGITS: dict[str, Method] = {
-    "response": logits("response", pixel_wise_divergence, weight=1.0, temperature=1.0),
-    "cwd_logits": logits("cwd_logits", channel_wise_divergence, weight=3.0, temperature=4.0),
-}
 METHODS: dict[str, Method] = {
-    # name: feature maps, patch embeddings
-    "transkd_base": transkd(CrossSelectiveFusion, PatchEmbeddingAlignment),
-    "transkd_gl": transkd(CrossSelectiveFusion, GLMixer),
-    "transkd_gl_add": transkd(CrossSelectiveFusion, partial(GLMixer, add=True)),
-    "transkd_ea": transkd(CrossSelectiveFusion, EmbeddingAssistant),
-    "gl_ea": transkd(CrossSelectiveFusion, MixerWithAssistant),
-    "csf": transkd(CrossSelectiveFusion, None),
-    "pea": transkd(None, PatchEmbeddingAlignment),
-    "ea": transkd(None, EmbeddingAssistant),
-    "reviewkd": transkd(ReviewFusion, None),
-    "cwd": baseline(ChannelWiseFeatures),
-    "skd": baseline(PairwiseDistiller),
-    **LOGITS,
+    "transkd_base": Method(CrossSelectiveFusion, PatchEmbeddingAlignment),
+    "transkd_gl": Method(CrossSelectiveFusion, GLMixer),
+    "transkd_gl_add": Method(CrossSelectiveFusion, partial(GLMixer, add=True)),
+    "transkd_ea": Method(CrossSelectiveFusion, EmbeddingAssistant),
+    "gl_ea": Method(CrossSelectiveFusion, partial(EmbeddingAssistant, mix=True)),
+    "csf": Method(fusion=CrossSelectiveFusion),
+    "pea": Method(alignment=PatchEmbeddingAlignment),
+    "ea": Method(alignment=EmbeddingAssistant),
+    "reviewkd": Method(fusion=ReviewFusion),
+    "cwd": Method(distiller=ChannelWiseFeatures),
+    "skd": Method(distiller=PairwiseDistiller),
+    # Weights and temperatures are this project's. The authors of SKD and CWD weigh class
+    # probabilities by 10 (T = 1); CWD's code leaves its own two to the caller.
+    "response": Method(logits=LogitsLoss("response", pixel_wise_divergence)),
+    "cwd_logits": Method(logits=LogitsLoss("cwd_logits", channel_wise_divergence, 3.0, 4.0)),
 }
 PUBLISHED = {"TransKDBase": "transkd_base", "TransKD_GL": "transkd_gl", "TransKD_EA": "transkd_ea"}
-"""The paper's methods: how their scripts call themselves, and their names here."""
+"""The paper's methods: what their scripts are called, and their names here."""

@@ -11,10 +11,10 @@ ALL_STAGES = (1, 2, 3, 4)
 
 
 class PatchEmbeddingAlignment(nn.Module):
-    """Projects the student's patch embeddings to the teacher's width, one Linear a stage.
+    """P_i = Linear_i(E_i): brings the student's patch embeddings to the teacher's width.
 
-    `stages` names the stages that are aligned. As published the projections are numbered from 1 in the order of
-    `stages`, so that a single one is `embed1_linearproject` whichever stage it serves.
+    `stages` are those that are aligned, counted from 1. As published, the projections are numbered
+    in the order of `stages`, so a single one is `embed1_linearproject` whichever stage it serves.
     """
 
     def __init__(
@@ -25,17 +25,16 @@ class PatchEmbeddingAlignment(nn.Module):
     ) -> None:
         super().__init__()
         self.stages = tuple(stages)
-        for n, i in enumerate(self.stages, start=1):
-            projection = Linear(student_channels[i - 1], teacher_channels[i - 1])
-            setattr(self, f"embed{n}_linearproject", projection)
+        for number, stage in enumerate(self.stages, start=1):
+            # Neither norm nor activation: the paper aligns by a linear map alone.
+            projection = Linear(student_channels[stage - 1], teacher_channels[stage - 1])
+            setattr(self, f"embed{number}_linearproject", projection)
 
     def forward(self, images: Tensor, student: SegmentationOutput) -> dict[int, Tensor]:
-        """Stage i -> aligned embedding P_i (B, h_i·w_i, C_T), for every stage in `stages`."""
-        return {
-            i: getattr(self, f"embed{n}_linearproject")(self.embedding(i, student))
-            for n, i in enumerate(self.stages, start=1)
-        }
-
-    def embedding(self, stage: int, student: SegmentationOutput) -> Tensor:
-        """What is projected for a stage: E_i (B, h_i·w_i, C_S). Other alignments refine it."""
-        return student.embeddings[stage - 1]
+        """The student's output -> P_i (B, h_i·w_i, C_T) by stage i, for every aligned stage."""
+        aligned = {}
+        for number, stage in enumerate(self.stages, start=1):
+            projection = getattr(self, f"embed{number}_linearproject")
+            # E_i (B, h_i·w_i, C_S) -> (B, h_i·w_i, C_T)
+            aligned[stage] = projection(student.embeddings[stage - 1])
+        return aligned

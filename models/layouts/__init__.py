@@ -1,41 +1,95 @@
-"""How other libraries name a network's parameters: one file each, against our names, which are the published ones."""
+"""How other libraries name a network's parameters, and what files say about a network.
 
+One file for each library, with two functions: `matches(state)` recognises its names, and
+`read(state, metadata, path)` gives the state under our names, which are the published ones, and
+what the library's files say about the network's input and classes.
+"""
+
+import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from models.base import Normalisation
+
 State = dict[str, Tensor]
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NO_NORMALISATION = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+FIELDS = {"i": r"\d", "j": r"\d+", "rest": ".+"}
+"""What {i}, a stage, {j}, a block, and {rest} stand for in a table of names."""
 
 
-def rename(state: State, table: Iterable[tuple[str, str]], stage: int) -> State:
-    """Every module after the table's rule (old, new) for it; keys that no rule names stay, for loading to refuse.
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a file says about the network in it."""
 
-    In a rule {i} is a stage, to whose number `stage` is added (ours count from 1, others from 0), and {j} a block.
+    model: str | None = None  # its name, in our own files
+    normalisation: Normalisation | None = None  # of its input
+    class_names: tuple[str, ...] | None = None  # one for each output
+    facts: dict[str, Any] = field(default_factory=dict)  # method, dataset, height, step, mean_iou
+
+    def metadata(self) -> dict[str, str]:
+        """As strings, for the header of a file."""
+        metadata = {"facts": json.dumps(self.facts)}
+        if self.model is not None:
+            metadata["model"] = self.model
+        if self.normalisation is not None:
+            metadata["normalisation"] = json.dumps(self.normalisation)
+        if self.class_names is not None:
+            metadata["class_names"] = json.dumps(self.class_names)
+        return metadata
+
+
+def rename(state: State, table: Iterable[tuple[str, str]], *, to_theirs: bool = False) -> State:
+    """Exchange the names of modules by rules (ours, theirs).
+
+    Stages are counted from 1 in our names and from 0 in theirs. Keys that no rule names stay as
+    they are, for loading to refuse them.
     """
-    patterns = [
-        (
-            re.compile(
-                re.escape(old).replace(r"\{i\}", r"(?P<i>\d)").replace(r"\{j\}", r"(?P<j>\d+)")
-            ),
-            new,
-        )
-        for old, new in table
-    ]
-    return {_rename(key, patterns, stage): value for key, value in state.items()}
+    rules = []
+    for ours, theirs in table:
+        old, new = (ours, theirs) if to_theirs else (theirs, ours)
+        pattern = re.escape(old)
+        for name, values in FIELDS.items():
+            pattern = pattern.replace(rf"\{{{name}\}}", f"(?P<{name}>{values})")
+        rules.append((re.compile(pattern), new))
+
+    def renamed(key: str) -> str:
+        module, _, leaf = key.rpartition(".")
+        for pattern, new in rules:
+            if match := pattern.fullmatch(module):
+                fields: dict[str, Any] = match.groupdict()
+                if "i" in fields:
+                    fields["i"] = int(fields["i"]) + (-1 if to_theirs else 1)
+                return f"{new.format(**fields)}.{leaf}"
+        return key
+
+    return {renamed(key): value for key, value in state.items()}
 
 
-def _rename(key: str, patterns: list[tuple[re.Pattern[str], str]], stage: int) -> str:
-    module, _, leaf = key.rpartition(".")
-    for pattern, new in patterns:
-        if match := pattern.fullmatch(module):
-            numbers: dict[str, int | str] = {**match.groupdict()}
-            if "i" in numbers:
-                numbers["i"] = int(numbers["i"]) + stage
-            return f"{new.format(**numbers)}.{leaf}"
-    return key
+def normalisation(
+    mean: float | Sequence[float], std: float | Sequence[float], scale: float = 1.0
+) -> Normalisation | None:
+    """Means and deviations of pixels that are multiplied by `scale` before; None if without effect.
+
+    Either may be one number for all channels. Raises ValueError or TypeError if they are none.
+    """
+    means, stds = (
+        tuple(np.broadcast_to(np.asarray(values, float) / scale, 3).tolist())
+        for values in (mean, std)
+    )
+    if min(stds) <= 0 or not all(math.isfinite(value) for value in means + stds):
+        raise ValueError("means must be finite, deviations above 0")
+    found = Normalisation(means, stds)
+    return None if found == NO_NORMALISATION else found
 
 
-def swapped(table: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """The table for the way back."""
-    return tuple((new, old) for old, new in table)
+def swap_channels(state: State) -> State:
+    """A network for BGR images as one for RGB."""
+    key = "patch_embed1.proj.weight"
+    return state | {key: state[key].flip(1)} if key in state else state

@@ -1,109 +1,138 @@
-"""mmsegmentation's SegFormer: MixVisionTransformer with SegformerHead, as its checkpoints name them.
+"""SegFormers of mmsegmentation, and of NVIDIA's repository, which grew from it.
 
-q, k and v are one matrix there, and the MLP's Linears are 1×1 convolutions. Its head has BatchNorm and ReLU on every
-stage (`models.segformer.ReLUHead`, which keeps its names). Its LayerNorms all have an eps of 1e-6, where SegFormer's
-patch embeddings and reductions have 1e-5.
+In mmsegmentation q, k and v are one matrix, and the MLP's Linears are 1×1 convolutions. Its head
+has BatchNorm and ReLU on every stage (`models.segformer.ReLUHead`). Its LayerNorms all have an eps
+of 1e-6, where SegFormer's patch embeddings and reductions have 1e-5. NVIDIA's names are ours with
+prefixes.
+
+Both write their configuration into the checkpoint: a text, a Python file of assignments. What it
+says about the input is read from its syntax tree; nothing of it is executed.
 """
 
+import ast
+import logging
 import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+from errors import UserError
+from models.base import Normalisation
+from models.layouts import IMAGENET, CheckpointInfo, State, normalisation, rename, swap_channels
 
-from models.layouts import State, rename, swapped
+log = logging.getLogger(__name__)
 
 TABLE = (  # ours, theirs
     ("patch_embed{i}.proj", "backbone.layers.{i}.0.projection"),
     ("patch_embed{i}.norm", "backbone.layers.{i}.0.norm"),
-    ("block{i}.{j}.norm1", "backbone.layers.{i}.1.{j}.norm1"),
     ("block{i}.{j}.attn.qkv", "backbone.layers.{i}.1.{j}.attn.attn.in_proj"),
     ("block{i}.{j}.attn.proj", "backbone.layers.{i}.1.{j}.attn.attn.out_proj"),
-    ("block{i}.{j}.attn.sr", "backbone.layers.{i}.1.{j}.attn.sr"),
-    ("block{i}.{j}.attn.norm", "backbone.layers.{i}.1.{j}.attn.norm"),
-    ("block{i}.{j}.norm2", "backbone.layers.{i}.1.{j}.norm2"),
     ("block{i}.{j}.mlp.fc1", "backbone.layers.{i}.1.{j}.ffn.layers.0"),
     ("block{i}.{j}.mlp.dwconv.dwconv", "backbone.layers.{i}.1.{j}.ffn.layers.1"),
     ("block{i}.{j}.mlp.fc2", "backbone.layers.{i}.1.{j}.ffn.layers.4"),
+    ("block{i}.{j}.{rest}", "backbone.layers.{i}.1.{j}.{rest}"),
     ("norm{i}", "backbone.layers.{i}.2"),
 )
 POINTWISE = re.compile(r"block\d\.\d+\.mlp\.fc[12]\.weight")  # Linear here, 1×1 convolution there
-BATCHNORM_EPS = 1e-5
+
+
+def is_nvidias(state: State) -> bool:
+    return any(key.startswith("decode_head.linear_pred.") for key in state)
 
 
 def matches(state: State) -> bool:
-    return any(re.match(r"(backbone\.)?layers\.\d\.0\.projection\.", key) for key in state)
+    """Whether these are the names of one of the two."""
+    first = re.compile(r"(backbone\.)?layers\.\d\.0\.projection\.")
+    return is_nvidias(state) or any(first.match(key) for key in state)
+
+
+def from_nvidia(state: State) -> State:
+    """Without prefixes these are our names; `conv_seg` is a classifier that nothing uses."""
+    bare = {
+        key.removeprefix("backbone.").removeprefix("decode_head."): value
+        for key, value in state.items()
+    }
+    return {key: value for key, value in bare.items() if not key.startswith("conv_seg.")}
 
 
 def from_mmseg(state: State) -> State:
-    """Its names to ours; ImageNet encoders come without `backbone.`."""
-    theirs = {
-        re.sub(r"^layers\.", "backbone.layers.", key).replace(".in_proj_", ".in_proj."): value
-        for key, value in state.items()
-    }
+    """mmsegmentation's names to ours; ImageNet encoders come without `backbone.`."""
+    theirs = {}
+    for key, value in state.items():
+        key = re.sub(r"^layers\.", "backbone.layers.", key)
+        theirs[key.replace(".in_proj_", ".in_proj.")] = value
     ours: State = {}
-    for key, value in rename(theirs, swapped(TABLE), stage=1).items():
-        if ".attn.qkv." in key and value.dim() and len(value) % 3 == 0:
+    for key, value in rename(theirs, TABLE).items():
+        if ".attn.qkv." in key:
             c = len(value) // 3
-            ours |= {
-                key.replace(".qkv.", ".q."): value[:c],
-                key.replace(".qkv.", ".kv."): value[c:],
-            }
+            ours[key.replace(".qkv.", ".q.")] = value[:c]
+            ours[key.replace(".qkv.", ".kv.")] = value[c:]
+        elif POINTWISE.fullmatch(key):
+            ours[key] = value.flatten(1)
         else:
-            ours[key] = value.flatten(1) if POINTWISE.fullmatch(key) and value.dim() == 4 else value
+            ours[key] = value
     return ours
 
 
-def to_mmseg(state: State) -> State:
-    """A SegFormer of ours, with either head, under mmsegmentation's names."""
-    if "linear_pred.weight" in state:
-        head = ("linear_c", "linear_fuse.", "linear_pred.")
-        state = {
-            key: value for key, value in state.items() if not key.startswith(head)
-        } | relu_head(state)
-    merged: State = {}
-    for key, value in state.items():
-        if ".attn.q." in key:
-            merged[key.replace(".q.", ".qkv.")] = torch.cat(
-                [value, state[key.replace(".q.", ".kv.")]]
-            )
-        elif ".attn.kv." not in key:
-            merged[key] = value[..., None, None] if POINTWISE.fullmatch(key) else value
-    renamed = rename(merged, TABLE, stage=-1)
-    return {key.replace(".in_proj.", ".in_proj_"): value for key, value in renamed.items()}
+def read(state: State, metadata: Mapping[str, Any], path: Path) -> tuple[State, CheckpointInfo]:
+    """Under our names and for RGB images, with the normalisation that the configuration says.
 
+    Where it says nothing, or nothing that can be read with certainty, ImageNet's is taken, which is
+    what these libraries' SegFormers are trained with, and a warning says so.
 
-def relu_head(state: State) -> State:
-    """Our decode head as one with a ReLU on every stage, twice as wide, that computes the same.
-
-    x = relu(x) - relu(-x): every stage gives [x, -x], with its Linear's bias in a BatchNorm that does nothing else, and
-    the fusion's matrix takes the difference. The fusion's and the classifier's second halves are idle.
+    Raises UserError if it names several normalisations.
     """
-    fuse, classifier = state["linear_fuse.conv.weight"], state["linear_pred.weight"]
-    zeros, ones = fuse.new_zeros(len(fuse)), fuse.new_ones(len(fuse))
-    zeros2, ones2 = torch.cat([zeros, zeros]), torch.cat([ones, ones])
-    head = {
-        "decode_head.conv_seg.weight": torch.cat([classifier, torch.zeros_like(classifier)], dim=1),
-        "decode_head.conv_seg.bias": state["linear_pred.bias"],
-    }
+    state = from_nvidia(state) if is_nvidias(state) else from_mmseg(state)
+    found: set[tuple[Normalisation | None, bool]] = set()
+    problem = "says no mean and deviation of its input"
+    try:
+        found = {input_of(step) for step in normalising_steps(str(metadata.get("config") or ""))}
+    except (SyntaxError, TypeError, ValueError, RecursionError):
+        problem = "has a configuration that can't be read"
+    if not found:
+        log.warning("%s %s; ImageNet's normalisation is taken", path, problem)
+        return state, CheckpointInfo(normalisation=IMAGENET)
+    if len(found) > 1:
+        raise UserError(
+            f"the configuration in {path} names several normalisations of the input; "
+            "save the weights with the one that they were trained with"
+        )
+    chosen, bgr = found.pop()
+    return swap_channels(state) if bgr else state, CheckpointInfo(normalisation=chosen)
 
-    def add(
-        name: str, conv: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
-    ) -> None:
-        layer = {"conv.weight": conv, "bn.weight": weight, "bn.bias": bias}
-        layer |= {"bn.running_mean": mean, "bn.running_var": var}
-        layer |= {"bn.num_batches_tracked": state["linear_fuse.bn.num_batches_tracked"]}
-        head.update({f"decode_head.{name}.{key}": value for key, value in layer.items()})
 
-    differences = []
-    for i, part in enumerate(
-        reversed(fuse.chunk(4, dim=1))
-    ):  # stage 4 first here, stage 1 first there
-        linear, bias = (state[f"linear_c{i + 1}.proj.{leaf}"] for leaf in ("weight", "bias"))
-        conv = torch.cat([linear, -linear])[..., None, None]
-        add(f"convs.{i}", conv, ones2, torch.cat([bias, -bias]), zeros2, ones2 - BATCHNORM_EPS)
-        differences += [part, -part]
-    difference = torch.cat(differences, dim=1)
-    idle = {"weight": zeros, "bias": zeros, "running_mean": zeros, "running_var": ones}
-    batchnorm = [torch.cat([state[f"linear_fuse.bn.{leaf}"], half]) for leaf, half in idle.items()]
-    add("fusion_conv", torch.cat([difference, torch.zeros_like(difference)]), *batchnorm)
-    return head
+def normalising_steps(text: str) -> Iterator[dict[str, Any]]:
+    """Every `dict(…)` or `{…}` with a mean and a std. Raises ValueError if they are no literals."""
+    for node in ast.walk(ast.parse(text)):
+        fields: dict[Any, ast.expr] = {}
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict":
+            fields = {keyword.arg: keyword.value for keyword in node.keywords}
+        elif isinstance(node, ast.Dict):
+            pairs = zip(node.keys, node.values, strict=True)
+            fields = {key.value: value for key, value in pairs if isinstance(key, ast.Constant)}
+        if None in fields and fields.keys() & {"to_rgb", "bgr_to_rgb"}:
+            raise ValueError("a step whose mean and std come from elsewhere, by **")
+        if "mean" in fields and "std" in fields:
+            known = {"type", "mean", "std", "to_rgb", "bgr_to_rgb"} & fields.keys()
+            step = {name: ast.literal_eval(fields[name]) for name in known}
+            kind = str(step.get("type", "Normalize")).lower()  # others, as Normal, draw weights
+            if kind.endswith(("normalize", "preprocessor")):
+                yield step
+
+
+def input_of(step: dict[str, Any]) -> tuple[Normalisation | None, bool]:
+    """A step's normalisation of RGB in [0, 1], and whether the network wants BGR.
+
+    mmcv reads images as BGR; mean and std are of 0 to 255, in the order after the step.
+    """
+    mean, std = step["mean"], step["std"]
+    if mean is None and std is None:  # the network is given 0 to 255
+        mean, std = 0.0, 1.0
+    if "bgr_to_rgb" in step or str(step.get("type")).endswith("DataPreProcessor"):
+        rgb = step.get("bgr_to_rgb", False)  # mmsegmentation 1.x
+    else:
+        rgb = step.get("to_rgb", True)  # mmcv's Normalize
+    chosen = normalisation(mean, std, scale=255.0)
+    if chosen is not None and not rgb:
+        chosen = Normalisation(chosen.mean[::-1], chosen.std[::-1])
+    return chosen, not rgb

@@ -1,0 +1,1 @@
+"""The demo and the road scenes that it draws."""

@@ -1,0 +1,33 @@
+"""Progress of long work: one line on stderr with rate and time left."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+# What matters first: the end is cut off where a terminal is narrow.
+FORMAT = "{desc}  {bar:10}  {n_fmt}/{total_fmt}  {rate_noinv_fmt}  {remaining} left{postfix}"
+
+
+def progress_line(title: str, total: int | None, unit: str = "images", **more: Any) -> "tqdm[Any]":
+    """A progress line; in a log, where every update stays, there is one each ten seconds."""
+    terminal = sys.stderr.isatty()
+    seconds = 0.1 if terminal else 10.0
+    pace = {"mininterval": seconds, "maxinterval": seconds, "dynamic_ncols": terminal}
+    return tqdm(desc=title, total=total, unit=f" {unit}", bar_format=FORMAT, **pace, **more)
+
+
+def track(
+    items: Iterable[T],
+    title: str,
+    total: int | None = None,
+    size: Callable[[T], int] = lambda item: 1,
+    unit: str = "images",
+) -> Iterator[T]:
+    """Yield the items and show how many of `total` are done; each counts as `size(item)`."""
+    with progress_line(title, total, unit) as line:
+        for item in items:
+            yield item
+            line.update(size(item))

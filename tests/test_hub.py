@@ -1,0 +1,130 @@
+"""Names of the Hugging Face hub in the place of paths, against a hub on this machine."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub.constants as settings
+import pytest
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import save
+from torch import Tensor
+
+from errors import UserError
+from models import create_model, load_model, read_checkpoint
+from models.hub import is_hub_name, upload
+from models.layouts import IMAGENET
+from models.layouts.huggingface import architecture, to_huggingface
+from tests.golden_data import seed
+from tests.server import Server, serving
+
+NAME = "someone/segformer-b0"
+COMMITS = {"main": "a" * 40, "v2": "b" * 40}
+NETWORK = seed(create_model("segformer_b0")).eval()
+IMAGES = torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+OTHERS = {"README.md": b"a card", "tf_model.h5": b"weights", "pytorch_model.bin": b"the same"}
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, images: Tensor = IMAGES) -> Tensor:
+    return model(images).logits
+
+
+def publish(server: Server, revision: str, files: dict[str, bytes]) -> None:
+    """What snapshot_download asks for: the commit, the list of its files, each file."""
+    commit = COMMITS[revision]
+    api = f"api/models/{NAME}"
+    server.files[f"{api}/revision/{revision}"] = json.dumps({"id": NAME, "sha": commit}).encode()
+    tree = [{"type": "file", "path": p, "size": len(c), "oid": "0"} for p, c in files.items()]
+    server.files[f"{api}/tree/{commit}"] = json.dumps(tree).encode()
+    for path, content in files.items():
+        server.files[f"{NAME}/resolve/{commit}/{path}"] = content
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A hub with one network in Hugging Face's layout; the cache is empty."""
+    with serving() as server:
+        # As HF_ENDPOINT and HF_HOME, which are read once, set them.
+        monkeypatch.setattr(settings, "ENDPOINT", server.url)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(settings, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(settings, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        weights = save(to_huggingface(NETWORK.state_dict()))
+        config = json.dumps(architecture("segformer_b0")).encode()
+        processor = json.dumps({"size": {"shortest_edge": 96}}).encode()
+        files = {"model.safetensors": weights, "config.json": config}
+        publish(server, "main", OTHERS | files | {"preprocessor_config.json": processor})
+        publish(server, "v2", files | {"preprocessor_config.json": b'{"do_normalize": false}'})
+        yield server
+
+
+def test_a_name_is_downloaded_once(hub: Server) -> None:
+    """The weights and the configurations alone; a revision is another network."""
+    for _ in range(2):
+        assert torch.equal(logits(load_model(NAME)), logits(NETWORK, IMAGENET(IMAGES)))
+        assert read_checkpoint(NAME).info.facts == {"height": 96}
+        files = [path.rsplit("/", 1)[1] for path, _ in hub.asked if "/resolve/" in path]
+        assert sorted(files) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert torch.equal(logits(load_model(f"{NAME}@v2")), logits(NETWORK))
+
+
+def test_pickled_weights_are_taken_where_there_are_no_others(hub: Server, tmp_path: Path) -> None:
+    torch.save(to_huggingface(NETWORK.state_dict()), tmp_path / "w")
+    publish(hub, "main", {"pytorch_model.bin": (tmp_path / "w").read_bytes(), "config.json": b"{}"})
+    assert torch.equal(logits(load_model(NAME)), logits(NETWORK, IMAGENET(IMAGES)))
+
+
+def test_offline_the_cache_serves(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=f"{NAME} is no file here, .*the connection"):
+        load_model(NAME)
+    monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
+    expected = logits(load_model(NAME))
+    monkeypatch.setattr(settings, "HF_HUB_OFFLINE", True)
+    assert torch.equal(logits(load_model(NAME)), expected)
+    monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
+    hub.refusal = (503, "")
+    assert torch.equal(logits(load_model(NAME)), expected)
+
+
+@pytest.mark.parametrize("refusal", [(401, ""), (403, "GatedRepo")])
+def test_what_may_not_be_read_is_refused(refusal: tuple[int, str], hub: Server) -> None:
+    hub.refusal = refusal
+    says = rf"{NAME} is no file here, .* gives none \(.*{refusal[0]}.*`hf auth login`"
+    with pytest.raises(UserError, match=says) as error:
+        load_model(NAME)
+    assert "\n" not in str(error.value)
+
+
+def test_a_connection_that_breaks(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library continues the file by itself; where that is of no use, one line says so."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    weights = f"{NAME}/resolve/{COMMITS['main']}/model.safetensors"
+    hub.breaks[weights], hub.broken = 0, True
+    with pytest.raises(UserError, match="the same command continues"):
+        load_model(NAME)
+    hub.breaks[weights], hub.broken = 12_000_000, False
+    assert torch.equal(logits(load_model(NAME)), logits(NETWORK, IMAGENET(IMAGES)))
+    path, start = hub.asked[-1]
+    assert path == weights and 0 < start <= 12_000_000  # the rest alone was sent again
+
+
+def test_uploads(hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This hub takes none; what would be sent is seen where the library takes it."""
+    with pytest.raises(UserError, match=rf"doesn't take it as {NAME} \(.*501.*`hf auth login`"):
+        upload(tmp_path, NAME)
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, exist_ok: None)
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **sent: sent)
+    assert upload(tmp_path, NAME) == str({"repo_id": NAME, "folder_path": tmp_path})
+
+
+@pytest.mark.parametrize(
+    "path", ["here/weights", "here/missing", "other/s.pth", "/other/student", "student", "a/b/c"]
+)
+def test_paths_are_no_names(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "weights").mkdir(parents=True)
+    assert not is_hub_name(path) and not is_hub_name(Path(path))
+    assert is_hub_name(NAME) and is_hub_name(Path(f"{NAME}@refs/pr/1"))

@@ -1,0 +1,74 @@
+"""What a run costs, by its options: parameters, multiply-accumulates (MACs) of a training step."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from datasets import LAYOUTS
+from models import create_model
+from models.distillation import Distiller
+from models.distillation.methods import METHODS, PUBLISHED
+from models.info import executed_macs, parameters, published_macs
+from train.options import DistillingOptions, Options
+
+PAPER_SIZE = (512, 1024)
+"""Height and width of the image for which the paper counts MACs."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run costs.
+
+    Attributes:
+        parameters, macs: of the network that is deployed, counted as in the paper.
+        macs_per_step: of a training step as it runs, of batch_size images at the run's height.
+        schedule: the options that say how long a run is.
+    """
+
+    parameters: int
+    macs: int
+    macs_per_step: float
+    batch_size: int
+    schedule: dict[str, Any]
+
+    def scaled_schedule(self, factor: float) -> dict[str, int]:
+        """The options of a schedule `factor` times as long."""
+        return {k: math.ceil(v * factor) for k, v in self.schedule.items() if v is not None}
+
+
+def cost_of(options: Options) -> Cost:
+    """The cost of a run, counted on the meta device: nothing is computed or allocated."""
+    recipe, height = options.recipe, options.data.height
+    outputs = LAYOUTS[options.data.dataset].classes.num_outputs
+    values = {option.name: value for option, value in options.fields()}
+    with torch.device("meta"):
+        # What learns: the student, or the teacher where there is none.
+        network = create_model(values.get("student_model") or values["teacher_model"], outputs)
+        network.eval()
+        paper_images = torch.empty(1, 3, *PAPER_SIZE)
+        images = torch.empty(1, 3, height, 2 * height)  # as wide as Cityscapes' are
+        learner: Distiller = Distiller(network)
+        taught = 0
+        method = METHODS.get(PUBLISHED.get(options.method, options.method))
+        if isinstance(options, DistillingOptions) and method is not None:
+            teacher = create_model(options.distillation.teacher_model or "segformer_b2", outputs)
+            learner = method.build(network, teacher.channels, None, options.distillation)
+            with_logits = learner.needs_teacher_logits  # else its decode head doesn't run
+            taught = executed_macs(teacher.eval(), images, logits=with_logits)
+        # The backward pass takes twice as many as the forward pass. The teacher has none.
+        macs_per_image = taught + 3 * executed_macs(learner.eval(), images)
+        macs = published_macs(network, paper_images)
+    return Cost(
+        parameters=parameters(network),
+        macs=macs,
+        macs_per_step=float(recipe.batch_size * macs_per_image),
+        batch_size=recipe.batch_size,
+        schedule={
+            "max_steps": recipe.max_steps,
+            "num_epochs": recipe.num_epochs,
+            "lr_decay_epochs": recipe.lr_decay_epochs,
+            "validate_every": options.run.validate_every,
+        },
+    )

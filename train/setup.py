@@ -1,0 +1,207 @@
+"""What happens before the networks are built: the device, the data, the run's folder, the seed."""
+
+import logging
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+
+import torch
+from filelock import FileLock, Timeout
+
+from datasets import Classes, SceneDataset, open_split, use_cache
+from datasets.loading import Batches, training_batches
+from errors import UserError
+from files import make_folder
+from train import distributed
+from train.logger import find_dashboards
+from train.options import Options
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = ("last.pt", "previous.pt")
+"""Files from which a run can be resumed, the newer one first."""
+
+
+@dataclass
+class Run:
+    """What a run needs before its networks are built."""
+
+    options: Options
+    device: torch.device
+    train_set: SceneDataset
+    val_set: SceneDataset
+    lock: FileLock | None  # on the run's folder, held as long as this object lives
+
+    @property
+    def classes(self) -> Classes:
+        return self.train_set.classes
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def micro_batch(self) -> int:
+        """Images that each process takes at a time.
+
+        Raises UserError if the global batch can't be divided evenly.
+        """
+        batch_size = self.options.recipe.batch_size
+        parts = distributed.world_size() * self.options.hardware.accumulate
+        if batch_size % parts:
+            raise UserError(
+                f"--batch-size {batch_size} can't be divided by {parts} (the number of processes, "
+                "times --accumulate); give a multiple of that"
+            )
+        return batch_size // parts
+
+    def class_weights(self) -> tuple[float, ...] | None:
+        """Of the cross entropy, one for each output; None weighs all classes alike."""
+        kind = self.options.recipe.class_weights
+        if kind == "dataset":
+            self.use_cache()  # every label is read
+            return self.train_set.count_class_weights()
+        return self.classes.weights if kind == "published" else None
+
+    def use_cache(self) -> None:
+        """From now on read images from a cache of resized ones, which is built if there is none.
+
+        Raises UserError if an image or a label can't be read.
+        """
+        with distributed.fail_in_all_processes():
+            if self.options.data.cache:
+                use_cache(self.train_set)
+                use_cache(self.val_set)
+
+    def batches(self, epoch: int, steps_done: int = 0) -> Batches:
+        """This process's micro-batches of an epoch, without those of the steps that are done."""
+        return training_batches(
+            self.train_set,
+            batch_size=self.micro_batch,
+            seed=self.options.recipe.seed,
+            epoch=epoch,
+            start=steps_done * self.options.hardware.accumulate,
+            num_workers=self.options.data.num_workers,
+            pin_memory=self.is_cuda,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+
+
+def start(options: Options) -> Run:
+    """Open the data, claim the run's folder, and seed everything.
+
+    Called before the networks are built, so that one seed gives every method the same student. No
+    image is read here: a mistake, or weights that are missing, show before anything that is long.
+
+    Raises UserError if an option, the device, the folder or the data set can't be used.
+    """
+    device = distributed.init(options.hardware.device)
+    with distributed.fail_in_all_processes():  # a file may be missing on one node alone
+        options.validate()
+        find_dashboards(options)
+        set_up_torch(options, device)
+        data = options.data
+        train_set = open_split(
+            data.dataset,
+            data.datadir,
+            "train",
+            height=data.height,
+            every=data.subset_every,
+            list_file=data.train_list,
+            augment=options.augmentation,
+            full_labels=options.recipe.loss_size == "full",
+        )
+        val_set = open_split(data.dataset, data.datadir, "val", height=data.height)
+        lock = claim_folder(options) if distributed.is_main_process() else None
+        run = Run(options, device, train_set, val_set, lock)
+        micro_batch = run.micro_batch
+    options.run.resume = distributed.broadcast_object(options.run.resume)
+    alone = micro_batch == 1 < options.recipe.batch_size and not options.hardware.sync_batchnorm
+    if alone and distributed.is_main_process():
+        log.warning(
+            "one image at a time: BatchNorm sees a single image, and CSF takes its squeeze for "
+            "one; a larger --batch-size comes closer to the recipe"
+        )
+    torch.manual_seed(options.recipe.seed)
+    return run
+
+
+def claim_folder(options: Options) -> FileLock:
+    """Lock the run's folder, where its file system has locks; `--resume auto` is decided here.
+
+    Raises UserError if it can't be written, another process has locked it, or it holds a run
+    and `--resume` was not given.
+    """
+    folder = options.run_dir
+    make_folder(folder)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(f"another run writes into {folder}; choose another folder") from error
+    except PermissionError as error:
+        raise UserError(f"can't write to {folder}; choose another --output-dir") from error
+    except (NotImplementedError, OSError):
+        pass  # a file system without locks
+    # A folder without a checkpoint holds nothing to lose: a run that ended before it saved.
+    begun = any((folder / name).exists() for name in CHECKPOINTS)
+    if options.run.resume == "auto":
+        options.run.resume = "always" if begun else ""
+    if begun and not options.run.resume:
+        raise UserError(
+            f"{folder} already holds a run; add --resume to continue it, or choose another "
+            "--output-dir"
+        )
+    if not options.run.resume:
+        for name in ("metrics.jsonl", "eval.json"):  # of a run whose checkpoints were removed
+            (folder / name).unlink(missing_ok=True)
+    return lock
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise UserError where torch.compile lacks one: of C++, or of C to start a GPU's kernels."""
+    compilers = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    if device.type == "cuda":
+        compilers = [os.environ.get("CC", "gcc"), "clang"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        raise UserError(
+            f"--compile needs a C++ compiler, and there is no {compilers[0]}; install it, name "
+            "another by CXX (with a GPU, CC), or leave --compile out"
+        )
+
+
+def set_up_torch(options: Options, device: torch.device) -> None:
+    """Set torch up for speed, or for results that repeat bit for bit.
+
+    Raises UserError for what this device can't do.
+    """
+    hardware = options.hardware
+    cuda = device.type == "cuda"
+    if hardware.compile:
+        require_compiler(device)
+    if hardware.sync_batchnorm and not cuda:
+        raise UserError("--sync-batchnorm works on CUDA alone; leave it out")
+    several = distributed.world_size() > 1
+    if hardware.compile_mode != "default" and (several or hardware.accumulate > 1):
+        raise UserError(
+            f"--compile-mode {hardware.compile_mode} is for one process without --accumulate: the "
+            "next replay of a CUDA graph would overwrite gradients that are not used yet"
+        )
+    if several:
+        # One graph, not one for each bucket of gradients: 15 MB are too few to be worth sending
+        # early, and the parts' backward passes have failed for an epoch's smaller last batch.
+        torch._dynamo.config.optimize_ddp = False
+    # TF32 has float32's range with ten bits of precision, and is several times as fast.
+    torch.set_float32_matmul_precision("high" if hardware.tf32 and cuda else "highest")
+    torch.backends.cudnn.allow_tf32 = hardware.tf32
+    torch.backends.cudnn.benchmark = not hardware.deterministic
+    torch.use_deterministic_algorithms(hardware.deterministic, warn_only=True)
+    if hardware.deterministic:
+        # Else cuBLAS, and attention's fast kernels, add up in any order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if cuda:
+            torch.backends.cuda.enable_flash_sdp(False)
+            torch.backends.cuda.enable_mem_efficient_sdp(False)
+            torch.backends.cuda.enable_cudnn_sdp(False)
