@@ -1,12 +1,15 @@
 """Progress of long work: one line on stderr with rate and time left."""
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
+# Its own lock is shared with every process that forks from this one: a killed one may keep it.
+tqdm.set_lock(threading.RLock())
 # What matters first: the end is cut off where a terminal is narrow.
 FORMAT = "{desc}  {bar:10}  {n_fmt}/{total_fmt}  {rate_noinv_fmt}  {remaining} left{postfix}"
 

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections import Counter
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -325,6 +326,37 @@ def test_a_dead_worker_ends_the_run(tree: Path, monkeypatch: pytest.MonkeyPatch)
     dataset = Failing(open_tree(tree).samples, CITYSCAPES, height=32)
     with pytest.raises(UserError, match=r"worker died \(.*exited.*--num-workers.*--shm-size"):
         list(evaluation_batches(dataset, num_workers=2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_workers_end_with_a_process_that_is_killed(tree: Path) -> None:
+    """They wait at a full pipe by then, which nobody will read."""
+    context = multiprocessing.get_context("fork")
+    ours, its = context.Pipe()
+
+    def target() -> None:
+        batches = iter(evaluation_batches(open_tree(tree), batch_size=3, num_workers=2))
+        next(batches)
+        its.send([worker.pid for worker in multiprocessing.active_children()])
+        time.sleep(60)
+
+    def is_alive(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+        except OSError:
+            return False
+
+    process = context.Process(target=target)
+    process.start()
+    workers = ours.recv()
+    assert len(workers) == 2 and all(map(is_alive, workers))
+    process.kill()
+    process.join()
+    time.sleep(0.5)
+    left = list(filter(is_alive, workers))
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 def test_batches_need_neither_shared_memory_nor_files(tree: Path) -> None:

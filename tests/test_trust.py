@@ -27,15 +27,13 @@ from train.checkpoint import load_checkpoint
 # in three are killed in the midst of training or saving, the others while they start. Every fifth
 # leaves its loading worker behind.
 KILLER = """
-import os, random, shutil, signal, sys, threading, time
+import os, random, shutil, signal, sys, time
 from contextlib import suppress
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import cli
 import torch._dynamo  # else every optimizer loads it, which takes a second
-from tqdm import tqdm
 from train import student
-tqdm.set_lock(threading.RLock())  # its own is shared by forks: one that was killed keeps it
 folder, kills, *arguments = sys.argv[1:]
 metrics = Path(folder, "metrics.jsonl")
 moments, killed, left_behind = random.Random(7), 0, []
