@@ -225,7 +225,8 @@ def write_files(files: Files, folder: Path) -> None:
 
 def main(options: Options) -> None:
     if options.dataset in ("NYUv2", "VOC2012"):  # MATLAB's files
-        require("h5py", "-r requirements/prepare.txt")
+        for package in ("h5py", "scipy"):
+            require(package, "-r requirements/prepare.txt")
     print("reading the archives")
     folder = options.to.expanduser()
     write_files(RECIPES[options.dataset](options.sources), folder)

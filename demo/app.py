@@ -23,7 +23,7 @@ from PIL import Image
 from datasets import DATASETS
 from errors import require
 from eval.predictor import Predictor
-from eval.rendering import legend, overlay
+from eval.rendering import legend
 
 
 @dataclass(kw_only=True)
@@ -61,7 +61,7 @@ def predictions(
         labels, colours = predictor(picture)
         milliseconds = 1000 * (time.perf_counter() - start)
         present |= set(np.unique(labels).tolist())
-        gallery.append((overlay(picture, colours, share), f"{name}: {milliseconds:.0f} ms"))
+        gallery.append((Image.blend(picture, colours, share), f"{name}: {milliseconds:.0f} ms"))
     classes = next(iter(predictors.values())).classes
     return [gallery, legend(classes, 900, present)]
 

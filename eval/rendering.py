@@ -20,11 +20,6 @@ def colorize(labels: np.ndarray, classes: Classes) -> Image.Image:
     return picture.convert("RGB")  # Pillow's lookup; numpy's takes 5 times longer
 
 
-def overlay(photograph: Image.Image, colors: Image.Image, alpha: float) -> Image.Image:
-    """(1 - alpha) · photograph + alpha · colours, two RGB pictures of one size."""
-    return Image.blend(photograph, colors, alpha)
-
-
 def draw(
     kind: str,
     labels: np.ndarray,
@@ -48,7 +43,7 @@ def draw(
     colors = colorize(labels, classes)
     if kind == "color":
         return colors
-    blend = overlay(photograph, colors, alpha)
+    blend = Image.blend(photograph, colors, alpha)
     if kind == "overlay":
         return blend
     row = side_by_side([("photograph", photograph), ("overlay", blend), ("classes", colors)])

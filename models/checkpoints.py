@@ -88,14 +88,19 @@ def read_checkpoint(source: Path | str) -> Checkpoint:
     return checkpoint
 
 
+def find_file(path: Path) -> Path:
+    """The file of weights: `path`, or the one in that folder. Raises UserError if there is none."""
+    for place in (path, *(path / name for name in FOLDER_FILES)):
+        if place.is_file():
+            return place
+    inside = ", ".join(sorted(found.name for found in path.glob("*.safetensors")))
+    hint = f"name a file there ({inside})" if inside else "check the path, or the model zoo"
+    raise UserError(f"no weights at {path}; {hint}")
+
+
 def read_file(path: Path) -> tuple[Any, Mapping[str, Any]]:
     """A file's content, and its metadata: strings, or what lies beside the weights in a pickle."""
-    places = (path, *(path / name for name in FOLDER_FILES))
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        inside = ", ".join(sorted(found.name for found in path.glob("*.safetensors")))
-        hint = f"name a file there ({inside})" if inside else "check the path, or the model zoo"
-        raise UserError(f"no weights at {path}; {hint}")
+    file = find_file(path)
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:

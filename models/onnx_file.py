@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from errors import UserError, require
 from models.base import SegmentationOutput
+from models.checkpoints import find_file
 
 
 class OnnxModel(nn.Module):
@@ -19,12 +20,13 @@ class OnnxModel(nn.Module):
 
     If it was exported with `--argmax`, these are classes (B, h, w) instead.
 
-    Raises UserError if onnxruntime is not installed, or the file is no network of ours.
+    Raises UserError if there is no such file, it is no network of ours, or onnxruntime is not
+    installed.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        path = path.expanduser()
+        path = find_file(path.expanduser())
         require("onnxruntime", "-r requirements/export.txt")
         import onnxruntime
 
@@ -56,10 +58,11 @@ def quantise(path: Path, photographs: Iterator[np.ndarray]) -> None:
 
     class Photographs(CalibrationDataReader):
         def get_next(self) -> dict[str, Any] | None:
-            for pixels in photographs:
-                image = np.asarray(pixels, np.float32).transpose(2, 0, 1) / 255  # (3, H, W)
-                return {"images": image[None]}
-            return None
+            pixels = next(photographs, None)
+            if pixels is None:
+                return None
+            image = np.asarray(pixels, np.float32).transpose(2, 0, 1) / 255  # (3, H, W)
+            return {"images": image[None]}
 
     quant_pre_process(path, path)
     logging.getLogger().addFilter(is_error)  # it warns that a LayerNorm's weight has no channels

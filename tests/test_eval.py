@@ -320,6 +320,7 @@ def test_runs_have_folders_of_their_own(cityscapes, flags, tmp_path, monkeypatch
         ({"overlay": 0.5, "label_ids": True}, "give one of --overlay"),
         ({"output_dir": "DATA"}, "lies among the images"),
         ({"output_dir": "WEIGHTS"}, "can't make the folder"),
+        ({"weights": Path("no.onnx")}, "no weights at no.onnx"),
         ({"json": "."}, "can't write"),
         ({"json": "WEIGHTS"}, r"name a file that ends in \.json"),
         ({"batch_size": 0}, "--batch-size"),

@@ -1,10 +1,14 @@
 """What README.md tells a newcomer to type works, in its order, on small data."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import threading
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from PIL import Image
 from demo import __main__ as demo
 from models import create_model, save_model
 from tests.conftest import ROOT, Command
+from tests.runs import as_a_process
 
 README = (ROOT / "README.md").read_text()
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
@@ -149,6 +154,29 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "TransKD-Base" in page and "(snow)" in page and page.count("data:image/png") >= 7
     assert str(tmp_path / "report.html") in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_an_interrupted_demo_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches the training under way once, and it saves before the demo ends."""
+    script = tmp_path / "train" / "student.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import os, time\n"
+        "try:\n    open('begun', 'w'); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(0.5); open('saved', 'w')\n"
+    )
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+
+    def interrupt() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with as_a_process(), pytest.raises(KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # trainings in tests have others
+        threading.Thread(target=interrupt, daemon=True).start()
+        demo.train(demo.Options(output_dir=tmp_path), "student", tmp_path / "run", 1, [])
+    assert (tmp_path / "saved").exists()
 
 
 def test_links_and_sections() -> None:

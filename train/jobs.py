@@ -18,7 +18,7 @@ from files import ROOT, make_folder, read_json
 from train.engine import remember_signals
 
 Slot = dict[str, str]
-"""Environment variables of a run: the GPU, or the number of threads, that it gets."""
+"""Environment variables of a run: the GPU that it gets."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -39,6 +39,11 @@ class Job:
     commands: list[list[str]]
     teacher: "Job | None" = None
     error: str = ""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is evaluated; the file is written in one step."""
+        return (self.folder / "eval.json").is_file()
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -123,12 +128,12 @@ def run_here(jobs: Iterable[Job], slots: list[Slot], ended: Callable[[], object]
         # Start what has a free slot and a teacher that is done.
         for job in list(waiting):
             teacher = job.teacher
-            if job.result is not None:
+            if job.is_done:
                 waiting.remove(job)
             elif teacher is not None and teacher.error:
                 job.error = f"its teacher {teacher.name} failed"
                 waiting.remove(job)
-            elif free and (teacher is None or teacher.result):
+            elif free and (teacher is None or teacher.is_done):
                 started = start(job, free[0])
                 if started is not None:  # else another table is at work on it: ask again later
                     running.append(started)

@@ -70,7 +70,7 @@ class Run:
         Raises UserError if an image or a label can't be read.
         """
         with distributed.fail_in_all_processes():
-            if self.options.data.cache:
+            if self.options.data.cache and self.train_set.cache is None:
                 use_cache(self.train_set)
                 use_cache(self.val_set)
 

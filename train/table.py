@@ -180,8 +180,9 @@ def tabulate(grid: Grid, runs: Sequence[Run], folder: Path) -> str:
     # mIoU in percent by row and seed.
     scores: dict[str, dict[int, float]] = {run.row.name: {} for run in runs}
     for run in runs:
-        if run.result is not None:
-            scores[run.row.name][run.seed] = 100 * run.result["mean_iou"]
+        result = run.result
+        if result is not None:
+            scores[run.row.name][run.seed] = 100 * result["mean_iou"]
     lines, records = [], []
     for row in [row for row in grid.rows if row.name in scores]:
         own = [run for run in runs if run.row is row]
@@ -201,7 +202,11 @@ def tabulate(grid: Grid, runs: Sequence[Run], folder: Path) -> str:
                 "errors": [run.error for run in own if run.error],
             }
         )
-        cells = [row.label or row.name, spread([*values.values()]), f"{len(values)} of {len(own)}"]
+        cells = [
+            row.label or row.name,
+            spread(list(values.values())),
+            f"{len(values)} of {len(own)}",
+        ]
         cells += [spread(gains, "+.2f"), "–" if row.published is None else f"{row.published:.2f}"]
         if cost is not None:
             cells += [f"{cost.parameters / 1e6:.2f}", f"{cost.macs / 1e9:.2f}"]
@@ -242,7 +247,7 @@ def main(options: Options) -> None:
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     make_folder(output)
     if options.slurm is not None:
-        submit([run for run in runs if run.result is None], output, options.slurm)
+        submit([run for run in runs if not run.is_done], output, options.slurm)
     else:
         gpus = [{"CUDA_VISIBLE_DEVICES": gpu.strip()} for gpu in options.gpus.split(",")]
         slots = gpus if options.gpus else [{}]
