@@ -39,8 +39,8 @@ teacher that has seen only what the student sees has little to add.
 
 On the {val} validation scenes the distilled student reaches {distilled:.1f} % mIoU, the student
 alone {alone:.1f} %, the teacher {teacher:.1f} % (classes that occur, quarter-size maps, last
-weights). In weather that no training has seen it gains {gains} over the student alone. The pictures
-are of evenly spaced validation scenes. Everything here was made by `make demo`."""
+weights). In weather that no training has seen, it differs from the student alone by {gains} points.
+The pictures are of evenly spaced validation scenes. Everything here was made by "make demo"."""
 BATCH_SIZE = 8
 LEARNING_RATE = 6e-4  # ten times the paper's: the schedule is a hundred times shorter
 PICTURES = 6  # validation scenes on the page
