@@ -66,7 +66,7 @@ class Options:
 
 
 @dataclass
-class Run:
+class LoggedRun:
     """What lies in a run's folder, and what the page calls it."""
 
     name: str
@@ -142,7 +142,7 @@ def write_report(
     notes = []
     for name, folder in runs.items():
         options = read_json(folder / "options.json") or {}
-        loaded.append(Run(name, options, read_records(folder / "metrics.jsonl")))
+        loaded.append(LoggedRun(name, options, read_records(folder / "metrics.jsonl")))
         evaluation = evaluated.get(name) or read_evaluation(folder)
         if evaluation is None:
             notes.append(f"Evaluation of {name}: none of its last weights; --evaluate makes it.")
@@ -178,7 +178,7 @@ def address(save: Callable[..., object], kind: str) -> str:
 
 
 @mpl.rc_context(STYLE)
-def draw_curves(runs: Sequence[Run], colors: Mapping[str, str]) -> dict[str, Figure]:
+def draw_curves(runs: Sequence[LoggedRun], colors: Mapping[str, str]) -> dict[str, Figure]:
     """By title: validation mIoU, large, then the losses, the total first."""
     terms = {name for run in runs for record in run.records for name in record.get("losses", {})}
     wanted = [("validation mIoU", "val", "mean_iou", 100)]

@@ -16,7 +16,9 @@ from models import create_model
 from models.distillation.methods import METHODS, LossOptions
 from tests import runs
 from train import TransKDBase, engine
+from train.checkpoint import State
 from train.logger import Logger
+from train.setup import start
 
 DEVICE = torch.device("meta")
 
@@ -60,7 +62,7 @@ def test_a_training_asks_the_device_for_nothing(
         raise InterruptedError("the steps are done")
 
     more = {"accumulate": 2, "batch_size": 4, "max_steps": 2, "clip_grad": 1.0}
-    run = engine.start(runs.options_of(TransKDBase, scenes, tmp_path, **more))
+    run = start(runs.options_of(TransKDBase, scenes, tmp_path, **more))
     run.device = DEVICE
     student, teacher = (create_model(name) for name in ("segformer_b0", "segformer_b1"))
     distiller = METHODS["transkd_base"].build(student, teacher.channels, CITYSCAPES.weights)
@@ -69,7 +71,7 @@ def test_a_training_asks_the_device_for_nothing(
     monkeypatch.setattr(engine, "new_optimizer", lambda d, _: torch.optim.SGD(d.parameters()))
     weights = iter([torch.ones(20)])  # the class weights, which are fetched once
     monkeypatch.setattr(Tensor, "cpu", lambda _: next(weights))
-    monkeypatch.setattr(engine, "require_same_run", lambda *_: {})
+    monkeypatch.setattr(engine, "begin", lambda *_: State())
     monkeypatch.setattr(engine, "require_finite", end)
     monkeypatch.setattr(Logger, "log_losses", lambda *_: None)
     monkeypatch.setattr(teacher.head, "forward", None)  # which isn't needed

@@ -42,8 +42,8 @@ from tests.golden_data import (
 )
 from tests.runs import Small, options_of
 from train import TransKD_EA, TransKD_GLMixer, TransKDBase, student, teacher
-from train.engine import start
 from train.flags import DataOptions
+from train.setup import start
 
 WIDTHS = (32, 64, 160, 256), (64, 128, 320, 512)  # of the student's stages and the teacher's
 TRAINED = tuple(name for name in load("train_golden.json") if name in METHODS or name in PLAIN)

@@ -76,9 +76,9 @@ def change(grid: Path, before: str, after: str) -> None:
     grid.write_text(grid.read_text().replace(before, after))
 
 
-def plan_of(grid: Path, **options: Any) -> list[table.Run]:
+def plan_of(grid: Path, **options: Any) -> list[table.TableRun]:
     chosen = table.Options(grid=grid, **options)
-    return table.plan(read_grid(grid), Path("data"), grid.parent / "runs", chosen)
+    return table.plan_runs(read_grid(grid), Path("data"), grid.parent / "runs", chosen)
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def test_a_signal_is_passed_on(tmp_path: Path) -> None:
 def test_the_table(grid: Path, uncounted: None) -> None:
     """A gain is over the same seed's baseline."""
     content = read_grid(grid)
-    planned = table.plan(content, Path("data"), grid.parent, table.Options(grid=grid))
+    planned = table.plan_runs(content, Path("data"), grid.parent, table.Options(grid=grid))
     scores = {"student-seed0": 0.1, "student-seed1": 0.3, "taught-seed1": 0.35, "teacher": 0.5}
     line = '{"event": "train", "step": %d, "images_per_second": 4}\n'
     for run in planned:

@@ -22,6 +22,7 @@ from tests.runs import Small
 from tests.trees import limited
 from train import engine, student
 from train.checkpoint import load_checkpoint
+from train.setup import start
 
 # Pays for the imports once: each attempt is a fork that is killed, until one comes to its end. Two
 # in three are killed in the midst of training or saving, the others while they start. Every fifth
@@ -106,7 +107,7 @@ def test_losses_and_outputs_that_are_no_numbers(says: str, more: Any, small: Sma
 
 def test_weights_that_are_not_numbers_are_not_saved(scenes: Path, tmp_path: Path) -> None:
     """A gradient that overflows behind a finite loss, in the step before a save."""
-    run = engine.start(runs.options_of(student, scenes, tmp_path, max_steps=5, save_every=0))
+    run = start(runs.options_of(student, scenes, tmp_path, max_steps=5, save_every=0))
     network = create_model("segformer_b0")
     steps: list[int] = []
 

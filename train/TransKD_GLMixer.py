@@ -20,9 +20,10 @@ if __package__ in (None, ""):
 
 import cli
 from models.distillation.methods import METHODS
-from train.engine import start, train
+from train.engine import train
 from train.networks import load_teacher, new_student
 from train.options import DistillingOptions
+from train.setup import start
 
 
 @dataclass(kw_only=True)

@@ -25,7 +25,7 @@ import torch
 from torch.optim import Optimizer
 
 from errors import UserError
-from files import ROOT, atomic_write, read_json
+from files import ROOT, atomic_write, read_json, write_json
 from models import SegmentationModel, save_model
 from models.checkpoints import read_info
 from models.distillation import Distiller
@@ -138,12 +138,33 @@ def provenance(device: torch.device) -> dict[str, Any]:
 # ------------------------------------------------------------------------------ continuing
 
 
+def begin(
+    run: Run,
+    distiller: Distiller,
+    teacher: SegmentationModel | None,
+    plan: Plan,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> State:
+    """Start the run or, with `--resume`, load its last checkpoint; then write options.json.
+
+    Raises UserError if the processes, or the run that is continued, were given something else that
+    decides the result, or if there is no checkpoint of this method and model.
+    """
+    decided = require_same_run(run, distiller, teacher, plan)
+    resume = run.options.run.resume
+    state = restore(run, distiller, optimizer, scaler) if resume else State()
+    if distributed.is_main_process():
+        write_json(decided, run.options.run_dir / "options.json")
+    return state
+
+
 def require_same_run(
     run: Run, distiller: Distiller, teacher: SegmentationModel | None, plan: Plan
 ) -> dict[str, Any]:
-    """Compare what decides the result, with the other processes and with the run that is resumed.
+    """What decides the result, compared with the other processes' and with the resumed run's.
 
-    Returns the content of its options.json. Raises UserError if one was given something else.
+    Raises UserError if one was given something else.
     """
     options = run.options
     facts = {

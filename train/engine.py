@@ -26,16 +26,13 @@ from datasets.transforms import to_float
 from errors import UserError
 from eval.inference import evaluate
 from eval.rendering import colorize
-from files import write_json
 from models import SegmentationModel
 from models.distillation import Distiller
 from train import distributed
-from train.checkpoint import State, provenance, require_same_run, restore, save, save_weights
+from train.checkpoint import State, begin, provenance, save, save_weights
 from train.logger import Logger
 from train.optimisation import Plan, new_optimizer
-from train.setup import Run, start
-
-__all__ = ["start", "train"]
+from train.setup import Run
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 """After these a run saves and ends; schedulers of clusters send one of the last two."""
@@ -55,7 +52,6 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
     recipe, accumulate = options.recipe, options.hardware.accumulate
     steps_per_epoch = math.ceil(len(run.batches(epoch=1)) / accumulate)
     plan = Plan.of(recipe, options.published_batch_size, len(run.train_set), steps_per_epoch)
-    decided = require_same_run(run, distiller, teacher, plan)
 
     distiller.to(device)
     if teacher is not None:
@@ -68,12 +64,8 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
     scaler = torch.amp.GradScaler(device.type, enabled=options.hardware.precision == "fp16")
     # Building the modules drew random numbers; dropout's are the same for all methods.
     torch.manual_seed(recipe.seed + distributed.rank())
-    state = State()
-    if options.run.resume:
-        state = restore(run, distiller, optimizer, scaler)
+    state = begin(run, distiller, teacher, plan, optimizer, scaler)
     run.use_cache()  # the first thing that takes long: what can be refused was, by now
-    if distributed.is_main_process():
-        write_json(decided, options.run_dir / "options.json")
     total_steps = plan.total_steps(state.epoch, state.batch, state.step)
     learner = compile_and_wrap(distiller, teacher, run)
     logger = Logger(options, run.train_set.samples, total_steps, state.step)

@@ -64,8 +64,6 @@ Resume = Annotated[
 
 @dataclass(kw_only=True)
 class DataOptions:
-    """What is trained on."""
-
     dataset: Literal[DATASETS] = "cityscapes"  # type: ignore[valid-type]
     """Data set: which folders and names to look for below --datadir."""
     datadir: Path = local()
@@ -86,8 +84,6 @@ class DataOptions:
 
 @dataclass(kw_only=True)
 class RecipeOptions:
-    """How it is trained."""
-
     recipe: Literal["paper", "modern"] = "paper"
     """Whose numbers are the flags' defaults: the paper's, or current practice (see RECIPES)."""
     num_epochs: int = free(1000, least=1)
@@ -149,8 +145,6 @@ class RecipeOptions:
 
 @dataclass(kw_only=True)
 class RunOptions:
-    """Where it is written, and what is shown."""
-
     output_dir: Path | None = local(None)
     """The run's folder. Default: outputs/METHOD_DATASET in the repository."""
     resume: Resume = free("")
@@ -181,8 +175,6 @@ class RunOptions:
 
 @dataclass(kw_only=True)
 class DeviceOptions:
-    """What computes it, and how exactly."""
-
     device: str = local("auto")
     """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -205,8 +197,6 @@ class DeviceOptions:
 
 @dataclass(kw_only=True)
 class StudentOptions:
-    """The network that learns."""
-
     student_model: Literal[MODELS] = "segformer_b0"  # type: ignore[valid-type]
     """Architecture of the student."""
     student_weights: Path | None = local(None)
@@ -218,8 +208,6 @@ class StudentOptions:
 
 @dataclass(kw_only=True)
 class DistillationOptions(LossOptions):
-    """Who teaches it, and by which losses."""
-
     teacher_model: Literal[MODELS] | None = None  # type: ignore[valid-type]
     """Architecture of the teacher. Default: that of its weights."""
     teacher_weights: Path | None = local(None)

@@ -15,10 +15,11 @@ if __package__ in (None, ""):
 
 import cli
 from models.distillation import Distiller
-from train.engine import start, train
+from train.engine import train
 from train.flags import RecipeOptions, StudentOptions
 from train.networks import new_student
 from train.options import Options as TrainingOptions
+from train.setup import start
 
 
 @dataclass(kw_only=True)

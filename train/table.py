@@ -67,7 +67,7 @@ class Options:
 
 
 @dataclass(kw_only=True, eq=False)
-class Run(Job):
+class TableRun(Job):
     """A row's run with one seed, its training's options, and what it costs."""
 
     row: Row
@@ -86,7 +86,7 @@ class Run(Job):
         return max((record["step"] for record in records), default=0), seconds
 
 
-def plan(grid: Grid, datadir: Path, output: Path, options: Options) -> list[Run]:
+def plan_runs(grid: Grid, datadir: Path, output: Path, options: Options) -> list[TableRun]:
     """Every run that is asked for, teachers ahead of their students; nothing is started.
 
     Raises UserError if a row's teacher, script or flags don't exist (tyro's message is above).
@@ -97,7 +97,7 @@ def plan(grid: Grid, datadir: Path, output: Path, options: Options) -> list[Run]
         if row.name in wanted and row.teacher:
             wanted.add(row.teacher)
     teachers = {row.teacher for row in grid.rows}
-    runs: dict[str, list[Run]] = {}
+    runs: dict[str, list[TableRun]] = {}
     for row in grid.rows:
         if row.name not in wanted:
             continue
@@ -124,13 +124,13 @@ def plan(grid: Grid, datadir: Path, output: Path, options: Options) -> list[Run]
 
 
 def new_run(
-    grid: Grid, row: Row, seed: int, datadir: Path, output: Path, teachers: Sequence[Run]
-) -> Run:
+    grid: Grid, row: Row, seed: int, datadir: Path, output: Path, teachers: Sequence[TableRun]
+) -> TableRun:
     """A run with its commands: to train, unless the row has weights, and to evaluate."""
     name = f"{row.name}-seed{seed}" if row.script else row.name
     folder = output / name
     weights = Path(row.weights).expanduser()  # unless the row trains its own
-    teacher: Run | None = None
+    teacher: TableRun | None = None
     parsed: TrainingOptions | None = None
     commands: list[list[str]] = []
     if row.script:
@@ -155,10 +155,10 @@ def new_run(
     evaluation = grid.evaluation.get("options", {}) | measured
     commands.append([grid.evaluation["script"], *flags(evaluation)])
     where: dict[str, Any] = {"name": name, "folder": folder, "weights": weights}
-    return Run(row=row, seed=seed, options=parsed, teacher=teacher, commands=commands, **where)
+    return TableRun(row=row, seed=seed, options=parsed, teacher=teacher, commands=commands, **where)
 
 
-def stretch_to_equal_compute(students: Sequence[Run]) -> None:
+def stretch_to_equal_compute(students: Sequence[TableRun]) -> None:
     """Give every training as many multiply-accumulates as the most expensive one has."""
     costs = [run.cost for run in students if run.cost]
     most = max((cost.macs_per_step for cost in costs), default=0.0)
@@ -175,7 +175,7 @@ def spread(values: Sequence[float], form: str = ".2f") -> str:
     return f"{text} ± {statistics.stdev(values):.2f}" if len(values) > 1 else text
 
 
-def tabulate(grid: Grid, runs: Sequence[Run], folder: Path) -> str:
+def tabulate(grid: Grid, runs: Sequence[TableRun], folder: Path) -> str:
     """Write table.md and table.json from what the runs' folders hold; returns the former."""
     # mIoU in percent by row and seed.
     scores: dict[str, dict[int, float]] = {run.row.name: {} for run in runs}
@@ -238,7 +238,7 @@ def main(options: Options) -> None:
         if grid.scenes is None:
             raise UserError("no data to train on; name the data set's folder by --datadir")
         draw = [["-m", "demo.scenes", *flags(grid.scenes | {"output": datadir})]]
-    runs = plan(grid, datadir, output, options)
+    runs = plan_runs(grid, datadir, output, options)
     if options.dry_run:
         for command in draw + [command for run in runs for command in run.commands]:
             print(f"python {shlex.join(command)}")

@@ -18,10 +18,11 @@ if __package__ in (None, ""):
 import cli
 from models.distillation import Distiller
 from models.factory import MODELS
-from train.engine import start, train
+from train.engine import train
 from train.flags import RecipeOptions, local
 from train.networks import new_network
 from train.options import Options as TrainingOptions
+from train.setup import start
 
 
 @dataclass(kw_only=True)
