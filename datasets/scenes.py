@@ -72,8 +72,8 @@ class SceneDataset(Dataset[Item]):
         if label.shape != (photograph.height, photograph.width):
             sample = self.samples[index]
             raise UserError(
-                f"{sample.image} is {photograph.height}×{photograph.width} pixels (height × width),"
-                f" but its label {sample.label} is {label.shape[0]}×{label.shape[1]}"
+                f"{sample.image} is {photograph.height}×{photograph.width} pixels (height × "
+                f"width), but its label {sample.label} is {label.shape[0]}×{label.shape[1]}"
             )
         return photograph, label
 

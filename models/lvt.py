@@ -31,8 +31,8 @@ CONFIGS = {
 class ConvolutionalSelfAttention(nn.Module):
     """CSA: within every k×k window each output position weighs all k² input positions.
 
-    The scores come from the mean of 2×2 positions. Every position of a window has a value matrix of
-    its own, as in a convolution.
+    The scores come from the mean of 2×2 positions. Every position of a window has a value matrix
+    of its own, as in a convolution.
     """
 
     KERNEL = 3

@@ -93,7 +93,7 @@ class Attention(nn.Module):
             x = self.norm(to_tokens(self.sr(to_map(x, h, w))))  # (B, M, C)
         kv = self.kv(x).unflatten(2, (2, self.heads, -1))  # (B, M, 2, heads, d): all of k, then v
         k, v = kv.permute(2, 0, 3, 1, 4)  # (B, heads, M, d) each
-        out = F.scaled_dot_product_attention(q, k, v)  # softmax(q·kᵀ / √d)·v: (B, heads, N, d)
+        out = F.scaled_dot_product_attention(q, k, v)  # softmax(q·kᵀ/√d)·v: (B, heads, N, d)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 

@@ -95,8 +95,8 @@ class AllMLPHead(nn.Module):
         """F1..F4 (B, C_i, h_i, w_i) -> logits (B, classes, h_1, w_1).
 
         Everything ahead of BatchNorm is linear, and resizing commutes with it. So the matrices of
-        projection and fusion are multiplied first, (D×D)·(D×C_i), and each stage is multiplied by
-        the product at its own resolution: for an image of 512×1024 the student then takes 9.2 G
+        projection and fusion are multiplied first, (D×D)·(D×C_i), and each stage is multiplied
+        by the product at its own resolution: for an image of 512×1024 the student then takes 9.2 G
         multiply-accumulates (`python -m models.info segformer_b0`), and 17.8 G with `plain`. In
         evaluation BatchNorm, linear too, goes into the product.
         """

@@ -38,8 +38,8 @@ NOTES = """\
 ± is the sample standard deviation over seeds. Gain: over the row's baseline, seed by seed.
 Parameters and multiply-accumulates (an image of 512×1024, counted as in the paper) are those of
 the network that is deployed. A training step is counted as it runs: the teacher's forward pass, and
-three times that of what learns, for images twice as wide as high; PFLOP is 2·10⁻¹⁵ of that, over
-all steps. Seconds are measured."""
+three times that of what learns, for images twice as wide as high; PFLOP is 2·10⁻¹⁵ of that,
+over all steps. Seconds are measured."""
 
 
 @dataclass(kw_only=True)

@@ -33,8 +33,8 @@ class EmbeddingAssistant(nn.Module):
         embeds = patch_embeddings((3, *student_channels[:3]), tuple(teacher_channels))
         for stage in stages:
             setattr(self, f"patch_embed{stage}", embeds[stage - 1].apply(init_weights))
-        # u_1..u_4 and v_1..v_4, 0.1, 0.2, … 0.8 at first. All eight are there whichever stages are
-        # aligned, for the released weights hold them.
+        # u_1..u_4 and v_1..v_4, 0.1, 0.2, … 0.8 at first. All eight are there whichever stages
+        # are aligned, for the released weights hold them.
         self.fuse_weights = nn.ParameterList(torch.full((1,), 0.1 * (k + 1)) for k in range(8))
         own = tuple((name, name) for name in ("patch_embed", "fuse_weights"))
         use_published_names(self, (*own, ("", "pea.")))

@@ -26,8 +26,8 @@ def pairwise_similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def similarities(x: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, N, N) cosine similarities of N places."""
-    # As in the authors' code: windows of half the height and width, so N is 2×2, with 3 for 2 where
-    # a side is odd; and no gradient through the norms.
+    # As in the authors' code: windows of half the height and width, so N is 2×2, with 3 for 2
+    # where a side is odd; and no gradient through the norms.
     window = (max(x.shape[2] // 2, 1), max(x.shape[3] // 2, 1))
     x = F.max_pool2d(full_precision(x), window, ceil_mode=True).flatten(2)  # (B, C, N)
     x = x / x.norm(dim=1, keepdim=True).detach().clamp_min(1e-8)

@@ -102,7 +102,7 @@ def read(state: State, metadata: Mapping[str, Any], path: Path) -> tuple[State, 
 
 
 def normalising_steps(text: str) -> Iterator[dict[str, Any]]:
-    """Every `dict(…)` or `{…}` with a mean and a std. Raises ValueError if they are no literals."""
+    """Every `dict(…)` or `{…}` with a mean and a std; ValueError if they are no literals."""
     for node in ast.walk(ast.parse(text)):
         fields: dict[Any, ast.expr] = {}
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict":
