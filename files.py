@@ -53,6 +53,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def acquire(lock: Any, *, wait: bool = False) -> bool:
+    """Acquire a FileLock; False if another process has it, and we don't wait.
+
+    A file system without locks lets every process have it.
+    """
+    from filelock import Timeout  # not everybody who imports this module needs it
+
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        return False
+    except (NotImplementedError, OSError):
+        pass
+    return True
+
+
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write JSON in one step: the file holds all of it, or what it held before."""
     with atomic_write(path) as temporary:

@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 import PIL
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from datasets.images import upright_size
 from datasets.scenes import SceneDataset
 from datasets.transforms import label_size, resized_size
+from files import acquire
 from progress import track
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,9 @@ def open_cache(directory: Path, identity: str, version: str, scenes: SceneDatase
     aside = directory / f"{identity}-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        wait_for(lock)
+        if not acquire(lock):
+            log.warning("waiting for another process that builds the cache %s", lock.lock_file)
+            acquire(lock, wait=True)
         with suppress(*NO_CACHE):  # the process that we waited for has built it
             return Cache(folder)
         for old in directory.glob(f"{identity}-*"):
@@ -121,16 +124,6 @@ def open_cache(directory: Path, identity: str, version: str, scenes: SceneDatase
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         lock.release()
-
-
-def wait_for(lock: FileLock) -> None:
-    """Acquire a lock; on a file system without locks two builds are wasteful and harmless."""
-    with suppress(NotImplementedError, OSError):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.warning("waiting for another process that builds the cache %s", lock.lock_file)
-            lock.acquire()
 
 
 def build(folder: Path, scenes: SceneDataset) -> None:

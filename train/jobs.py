@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from errors import UserError, require
-from files import ROOT, make_folder, read_json
+from files import ROOT, acquire, make_folder, read_json
 from train.engine import remember_signals
 
 Slot = dict[str, str]
@@ -108,11 +108,7 @@ def start(job: Job, slot: Slot) -> Running | None:
     """Start a job, unless another table is at work on it. Raises UserError without a folder."""
     make_folder(job.folder)
     lock = FileLock(job.folder / "table.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return None
-    return Running(job, slot, lock)
+    return Running(job, slot, lock) if acquire(lock) else None
 
 
 def run_here(jobs: Iterable[Job], slots: list[Slot], ended: Callable[[], object]) -> None:

@@ -7,12 +7,12 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from datasets import Classes, SceneDataset, open_split, use_cache
 from datasets.loading import Batches, training_batches
 from errors import UserError
-from files import make_folder
+from files import acquire, make_folder
 from train import distributed
 from train.logger import find_dashboards
 from train.options import Options
@@ -129,7 +129,7 @@ def start(options: Options) -> Run:
 
 
 def claim_folder(options: Options) -> FileLock:
-    """Lock the run's folder, where its file system has locks; `--resume auto` is decided here.
+    """Lock the run's folder; `--resume auto` is decided here.
 
     Raises UserError if it can't be written, another process has locked it, or it holds a run
     and `--resume` was not given.
@@ -137,14 +137,8 @@ def claim_folder(options: Options) -> FileLock:
     folder = options.run_dir
     make_folder(folder)
     lock = FileLock(folder / "lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise UserError(f"another run writes into {folder}; choose another folder") from error
-    except PermissionError as error:
-        raise UserError(f"can't write to {folder}; choose another --output-dir") from error
-    except (NotImplementedError, OSError):
-        pass  # a file system without locks
+    if not acquire(lock):
+        raise UserError(f"another run writes into {folder}; choose another folder")
     # A folder without a checkpoint holds nothing to lose: a run that ended before it saved.
     begun = any((folder / name).exists() for name in CHECKPOINTS)
     if options.run.resume == "auto":
