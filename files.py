@@ -12,6 +12,7 @@ from typing import Any
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parent
+OUTPUTS = ROOT / "outputs"
 
 
 def make_folder(folder: Path) -> None:

@@ -32,7 +32,7 @@ from benchmarks.cases import FULL, ORIGINAL, QUICK, Sizes, Step, drawn_scenes, p
 from benchmarks.measure import Row, machine, peak_memory, seconds, table
 from datasets import Augmentation, training_batches
 from eval.commands import ColorOptions, IoUOptions, paint, score
-from files import ROOT, read_json, write_json
+from files import OUTPUTS, ROOT, read_json, write_json
 from models import create_model
 from models.distillation.methods import PUBLISHED
 from models.info import executed_macs
@@ -57,7 +57,7 @@ class Options:
     """What --learn trains: a grid of train/grids/, or a file."""
     minutes: float = 7.0
     """What is not measured after this is left out."""
-    output_dir: Path = ROOT / "outputs" / "gpu"
+    output_dir: Path = OUTPUTS / "gpu"
     """Where the runs of --learn and their pictures go."""
     json: Path | None = None
     """Also write every figure here."""

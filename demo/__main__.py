@@ -25,7 +25,7 @@ from errors import UserError
 from eval.commands import ColorOptions, IoUOptions, paint, score
 from eval.rendering import colorize, legend, side_by_side
 from eval.report import write_report
-from files import ROOT, read_json
+from files import OUTPUTS, ROOT, read_json
 
 INTRODUCTION = """\
 A teacher (SegFormer-B2, 27.4 M parameters) learned from {many} synthetic scenes. Two copies of one
@@ -50,7 +50,7 @@ PICTURES = 6  # validation scenes on the page
 class Options:
     """Try the whole project on synthetic scenes: data, teacher, students, evaluation, report."""
 
-    output_dir: Path = ROOT / "outputs" / "demo"
+    output_dir: Path = OUTPUTS / "demo"
     """Where everything goes."""
     seed: int = 0
     """Seed of the trainings; the scenes stay the same."""

@@ -14,9 +14,8 @@ from errors import UserError
 from eval.inference import ONE_VIEW, Evaluation, Views, evaluate
 from eval.metrics import percent
 from eval.predictor import Predictor, write_pictures
-from files import ROOT, make_folder, write_json
+from files import OUTPUTS, make_folder, write_json
 
-OUTPUTS = ROOT / "outputs"
 PROTOCOLS = {"paper": "on quarter-size maps (paper)", "full": "at the labels' own size (full)"}
 
 

@@ -37,10 +37,9 @@ from PIL import Image
 from datasets import DATASETS
 from datasets.samples import files_below
 from errors import UserError, require
-from eval.commands import OUTPUTS
 from eval.predictor import Predictor, ahead, write_pictures
 from eval.rendering import draw, save_png
-from files import make_folder
+from files import OUTPUTS, make_folder
 from progress import track
 
 log = logging.getLogger(__name__)

@@ -25,11 +25,11 @@ from PIL import Image
 
 from datasets import open_split
 from errors import UserError
-from eval.commands import OUTPUTS, IoUOptions, claim_file, score
+from eval.commands import IoUOptions, claim_file, score
 from eval.metrics import percent
 from eval.predictor import Predictor
 from eval.rendering import colorize
-from files import atomic_write, make_folder, read_json, read_records
+from files import OUTPUTS, atomic_write, make_folder, read_json, read_records
 from models import read_checkpoint
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")

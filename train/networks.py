@@ -4,13 +4,11 @@ from pathlib import Path
 
 from datasets import Classes
 from errors import UserError
-from files import ROOT
+from files import OUTPUTS, ROOT
 from models import SegmentationModel, create_model, load_model, start_from
 from models.layouts import IMAGENET
 from train import distributed
 from train.flags import DistillationOptions, RecipeOptions, StudentOptions
-
-OUTPUTS = ROOT / "outputs"
 
 
 def pretrained_path(model: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 from datasets import Augmentation
 from errors import UserError
-from files import ROOT
+from files import OUTPUTS
 from train.flags import (
     DataOptions,
     DeviceOptions,
@@ -114,7 +114,7 @@ class Options:
     @property
     def run_dir(self) -> Path:
         chosen = self.run.output_dir
-        default = ROOT / "outputs" / f"{self.method}_{self.data.dataset}"
+        default = OUTPUTS / f"{self.method}_{self.data.dataset}"
         return default if chosen is None else chosen.expanduser()
 
     @property

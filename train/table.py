@@ -26,7 +26,7 @@ if __package__ in (None, ""):
 import cli
 from errors import UserError
 from eval.commands import PROTOCOLS
-from files import ROOT, atomic_write, make_folder, read_records, write_json
+from files import OUTPUTS, ROOT, atomic_write, make_folder, read_records, write_json
 from train.cost import Cost, cost_of
 from train.grid import Grid, Row, flags, read_grid
 from train.jobs import Job, run_here, submit
@@ -230,7 +230,7 @@ def tabulate(grid: Grid, runs: Sequence[TableRun], folder: Path) -> str:
 
 def main(options: Options) -> None:
     grid = read_grid(options.grid)
-    output = (options.output_dir or ROOT / "outputs" / options.grid.stem).expanduser().absolute()
+    output = (options.output_dir or OUTPUTS / options.grid.stem).expanduser().absolute()
     datadir = (options.datadir or output / "data").expanduser().absolute()
     # Without --datadir, the grid's synthetic scenes are drawn into the table's folder.
     draw: list[list[str]] = []
