@@ -84,8 +84,8 @@ class Step:
         enabled = self.precision is not None
         with torch.autocast(self.images.device.type, self.precision, enabled=enabled):
             with torch.no_grad():
-                taught = self.teacher(self.images, logits=False)
-            losses = self.distiller(self.images, self.labels, taught)
+                teacher_output = self.teacher(self.images, logits=False)
+            losses = self.distiller(self.images, self.labels, teacher_output)
         torch.stack(list(losses.values())).sum().backward()
         self.optimizer.step()
         return losses

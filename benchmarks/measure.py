@@ -179,8 +179,8 @@ def resident_bytes(key: str) -> list[float]:
     """Of this process: VmRSS now, VmHWM the highest so far; empty anywhere but on Linux."""
     # Not getrusage: on Linux its peak is inherited from the process that started this one.
     status = Path("/proc/self/status")
-    found = re.findall(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else []
-    return [1024.0 * int(kilobytes) for kilobytes in found]
+    matches = re.findall(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else []
+    return [1024.0 * int(kilobytes) for kilobytes in matches]
 
 
 def machine() -> str:

@@ -53,19 +53,19 @@ class Finding:
 
 def examine(scenes: SceneDataset, index: int) -> Finding:
     """One image and its label."""
-    found = Finding(images=1)
+    finding = Finding(images=1)
     sample, classes = scenes.samples[index], scenes.classes
     try:
         photograph, label = scenes.load(index)
         with open_image(sample.image) as image:
-            found.turned = int(orientation(image, sample.image) != 1)
-        found.sizes[f"{photograph.height}×{photograph.width}"] = 1
+            finding.turned = int(orientation(image, sample.image) != 1)
+        finding.sizes[f"{photograph.height}×{photograph.width}"] = 1
         if sample.label is not None:
             counts = np.bincount(label.ravel(), minlength=classes.num_outputs).tolist()
-            found.pixels.update(dict(zip(classes.output_names, counts, strict=True)))
+            finding.pixels.update(dict(zip(classes.output_names, counts, strict=True)))
     except UserError as error:
-        found.problems.append(str(error))
-    return found
+        finding.problems.append(str(error))
+    return finding
 
 
 def check(dataset: str, datadir: Path) -> dict[str, Finding]:
@@ -89,31 +89,31 @@ def check(dataset: str, datadir: Path) -> dict[str, Finding]:
         with ThreadPoolExecutor() as pool:
             results = pool.map(partial(examine, scenes), range(len(scenes)))
             tracked = track(results, subset, len(scenes))
-            for sample, found in zip(samples, tracked, strict=True):
-                findings[subset].add(found)
+            for sample, finding in zip(samples, tracked, strict=True):
+                findings[subset].add(finding)
                 if sample.condition:
-                    findings.setdefault(f"{subset}/{sample.condition}", Finding()).add(found)
+                    findings.setdefault(f"{subset}/{sample.condition}", Finding()).add(finding)
     return findings
 
 
 def main(options: Options) -> None:
     findings = check(options.dataset, options.datadir)
     table = Table("split", "images", "turned by EXIF", "sizes", "problems")
-    for name, found in findings.items():
-        sizes = ", ".join(f"{size} ({count})" for size, count in found.sizes.most_common(3))
-        counts = [found.images, found.turned, sizes, len(found.problems)]
+    for name, finding in findings.items():
+        sizes = ", ".join(f"{size} ({count})" for size, count in finding.sizes.most_common(3))
+        counts = [finding.images, finding.turned, sizes, len(finding.problems)]
         table.add_row(name, *map(str, counts))
     console = Console()
     console.print(table)
 
-    splits = {name: found for name, found in findings.items() if "/" not in name}
+    splits = {name: finding for name, finding in findings.items() if "/" not in name}
     histogram = Table("class", *(f"{name} pixels %" for name in splits))
     for name in LAYOUTS[options.dataset].classes.output_names:
         fractions = [x.pixels[name] / max(x.pixels.total(), 1) for x in splits.values()]
         histogram.add_row(name, *(f"{100 * fraction:.2f}" for fraction in fractions))
     console.print(histogram)
 
-    problems = [problem for found in splits.values() for problem in found.problems]
+    problems = [problem for finding in splits.values() for problem in finding.problems]
     for problem in problems:
         console.print(f"- {problem}", markup=False, highlight=False, soft_wrap=True)
     if problems:

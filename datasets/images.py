@@ -107,14 +107,14 @@ def read_label(path: Path, encoding: Encoding, classes: Classes) -> np.ndarray:
         label = table[values.clip(0, 255)]
         label[(values < 0) | (values > 255)] = UNEXPECTED
     if (label == UNEXPECTED).any():
-        found = np.unique(values[label == UNEXPECTED])
+        unexpected = np.unique(values[label == UNEXPECTED])
         expected = f"train ids (0–{classes.num_classes - 1}, 255)"
         hint = "is this a colour map, or a label of another data set?"
         if encoding == "label_ids":
             expected = f"label ids of {classes.name}"
-        elif {*classes.label_ids, *classes.ignored_label_ids}.issuperset(found.tolist()):
+        elif {*classes.label_ids, *classes.ignored_label_ids}.issuperset(unexpected.tolist()):
             hint = "these look like label ids: name such files *_labelIds.png"
-        shown = ", ".join(str(value) for value in found[:8])
+        shown = ", ".join(str(value) for value in unexpected[:8])
         raise UserError(f"{path} holds values that are no {expected}: {shown}; {hint}")
     return label
 

@@ -49,9 +49,9 @@ class Layout:
         Raises UserError if there are no images, two have one name, or the list can't be right.
         """
         parts = [self.pair(datadir, subset, condition) for condition in self.conditions]
-        samples = [sample for found, _ in parts for sample in found]
+        samples = [sample for paired, _ in parts for sample in paired]
         if self.list_file is None:
-            return samples, [orphan for _, found in parts for orphan in found]
+            return samples, [orphan for _, orphans in parts for orphan in orphans]
         list_file = datadir / self.list_file.format(subset=subset)
         if subset == "val" and not list_file.exists():  # NYUv2 comes with a train and a test list
             list_file = list_file.with_name("test.txt")
@@ -63,12 +63,12 @@ class Layout:
         """Pair the images and labels of one condition by their paths without endings."""
         images = datadir / self.images.format(subset=subset, condition=condition)
         labels = datadir / self.labels.format(subset=subset, condition=condition)
-        found: dict[tuple[str, Encoding], Path] = {}
+        label_files: dict[tuple[str, Encoding], Path] = {}
         for path in files_below(labels):
             for encoding, ending in self.label_endings.items():
                 if path.name.endswith(ending):
                     key = path.relative_to(labels).as_posix().removesuffix(ending)
-                    found[key, encoding] = path
+                    label_files[key, encoding] = path
 
         samples: dict[str, Sample] = {}
         for path in images_below(images):
@@ -76,13 +76,13 @@ class Layout:
             key = key.removesuffix(self.image_suffix)
             if key in samples:
                 raise UserError(f"{samples[key].image} and {path} have one name; keep one of them")
-            encodings = [kind for kind in self.label_endings if (key, kind) in found]
+            encodings = [kind for kind in self.label_endings if (key, kind) in label_files]
             encoding = encodings[0] if encodings else "train_ids"
             name = path.relative_to(datadir).as_posix()
-            samples[key] = Sample(path, found.get((key, encoding)), name, condition, encoding)
+            samples[key] = Sample(path, label_files.get((key, encoding)), name, condition, encoding)
         if not samples:
             raise UserError(f"no .png or .jpg images in {images}; expected {self.expects(subset)}")
-        orphans = sorted(path for (key, _), path in found.items() if key not in samples)
+        orphans = sorted(path for (key, _), path in label_files.items() if key not in samples)
         return sorted(samples.values(), key=lambda sample: sample.name), orphans
 
 

@@ -32,10 +32,10 @@ class Sample:
 def unpaired(samples: Sequence[Sample], orphans: Sequence[Path]) -> list[str]:
     """What has no partner, in words: images without label, and labels without image."""
     unlabelled = [sample.image for sample in samples if sample.label is None]
-    found = {"images without label": unlabelled, "labels without image": orphans}
+    problems = {"images without label": unlabelled, "labels without image": orphans}
     return [
         f"{what}: {len(paths)}, such as {', '.join(path.name for path in paths[:3])}"
-        for what, paths in found.items()
+        for what, paths in problems.items()
         if paths
     ]
 

@@ -91,10 +91,10 @@ def main(options: Options) -> None:
     train(options, "TransKDBase", runs["TransKD-Base"], options.student_epochs, with_teacher)
 
     scores = {name: evaluate(weights[name], data, weathers) for name in runs}
-    miou = {name: 100 * found["mean_iou"] for name, found in scores.items()}
-    taught, alone = (scores[name]["conditions"] for name in ("TransKD-Base", "student alone"))
+    miou = {name: 100 * evaluation["mean_iou"] for name, evaluation in scores.items()}
+    distilled, alone = (scores[name]["conditions"] for name in ("TransKD-Base", "student alone"))
     gains = {
-        name: 100 * (taught[name]["mean_iou"] - alone[name]["mean_iou"]) for name in WEATHERS[1:]
+        name: 100 * (distilled[name]["mean_iou"] - alone[name]["mean_iou"]) for name in WEATHERS[1:]
     }
     page = write_report(
         out / "report.html",

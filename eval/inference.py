@@ -56,14 +56,14 @@ class Views:
 
         The photograph's shorter side becomes `height` at scale 1.
         """
-        found = []
+        per_view = []
         for scale in self.scales:
             image = to_pixels(photograph, round(scale * height))[None]
             for mirrored in (False, True) if self.flip else (False,):
                 logits = self.logits(network, image.flip(-1) if mirrored else image)
                 part = upsample(logits[:, :classes], size).softmax(1)
-                found.append(part.flip(-1) if mirrored else part)
-        return torch.stack(found).mean(0)[0]
+                per_view.append(part.flip(-1) if mirrored else part)
+        return torch.stack(per_view).mean(0)[0]
 
     def logits(self, network: Network, image: Tensor) -> Tensor:
         """Of the whole image at the network's own size, or by windows at the image's size."""
@@ -143,7 +143,7 @@ def evaluate(
     real = classes.num_classes  # without "ignore"
     outputs = classes.num_outputs
     counts = torch.zeros(len(dataset), outputs, outputs, dtype=torch.int64, device=device)
-    spoilt = torch.zeros((), dtype=torch.int64, device=device)
+    not_finite = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros(2, device=device)  # its sum, and that of the weights
     in_group = dist.is_initialized()
     batches: Iterable[Any] = evaluation_batches(
@@ -175,21 +175,21 @@ def evaluate(
                 if logits is None:
                     photograph = dataset.photograph(index)
                     height = dataset.height
-                    found = views.probabilities(network, photograph, height, label.shape, real)
+                    prediction = views.probabilities(network, photograph, height, label.shape, real)
                 elif protocol == "full":
-                    found = at_size(logits[row], label.shape, real)
+                    prediction = at_size(logits[row], label.shape, real)
                 else:
-                    found = logits[row]
-                if found.is_floating_point():  # NaN would count as the first class
-                    spoilt += ~found.isfinite().all()
+                    prediction = logits[row]
+                if prediction.is_floating_point():  # NaN would count as the first class
+                    not_finite += ~prediction.isfinite().all()
                 matrix = ConfusionMatrix(classes, counts=counts[index])
-                matrix.update(found[None], label.to(device, non_blocking=True)[None])
+                matrix.update(prediction[None], label.to(device, non_blocking=True)[None])
     model.train(was_training)
     if in_group:
         dist.all_reduce(counts)
-        dist.all_reduce(spoilt)
+        dist.all_reduce(not_finite)
         dist.all_reduce(loss)
-    if spoilt:
+    if not_finite:
         raise UserError("the network's outputs are NaN or infinite; take earlier weights")
     counts = counts.cpu()  # once, instead of for every image
     if not counts[:, :real].any():

@@ -118,16 +118,16 @@ def find_targets(options: Options) -> dict[Path, dict[str, Path]]:
             magic = [i for i, part in enumerate(path.parts) if glob.has_magic(part)]
             base = Path(*path.parts[: magic[0]]) if magic else path
             files = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
-        found = {
+        matched = {
             file: target_paths(options, file.relative_to(base))
             for file in files
             if file.suffix.lower() in PHOTOGRAPHS + VIDEOS
             and written.isdisjoint(file.resolve().parents)
         }
-        if not found:
+        if not matched:
             kinds = ", ".join(PHOTOGRAPHS + VIDEOS)
             raise UserError(f"no photograph or video at {given!r} (their names end in {kinds})")
-        targets = found | targets
+        targets = matched | targets
     counts = Counter(path for paths in targets.values() for path in paths.values())
     path, count = counts.most_common(1)[0]
     if count > 1:

@@ -80,8 +80,8 @@ class LoggedRun:
     def curve(self, event: str, key: str, scale: float = 1) -> list[tuple[float, float]]:
         """(step, value) of a loss or a score; of a step that a resumed run repeats, the last."""
         records = [record for record in self.records if record["event"] == event]
-        found = {record["step"]: record.get("losses", record).get(key) for record in records}
-        return sorted((step, scale * value) for step, value in found.items() if value is not None)
+        by_step = {record["step"]: record.get("losses", record).get(key) for record in records}
+        return sorted((step, scale * value) for step, value in by_step.items() if value is not None)
 
 
 def main(options: Options) -> None:
@@ -187,8 +187,8 @@ def draw_curves(runs: Sequence[LoggedRun], colors: Mapping[str, str]) -> dict[st
     wanted += [("validation loss", "val", "loss", 1), ("training mIoU", "val", "train_iou", 100)]
     figures = {}
     for title, event, key, scale in wanted:
-        found = {run.name: run.curve(event, key, scale) for run in runs}
-        curves = {name: curve for name, curve in found.items() if curve}
+        by_run = {run.name: run.curve(event, key, scale) for run in runs}
+        curves = {name: curve for name, curve in by_run.items() if curve}
         if not curves:
             continue
         figure = figures[title] = Figure((7.4, 5.4) if key == "mean_iou" else (3.6, 2.3))
@@ -221,19 +221,19 @@ def worst_and_best(evaluated: Mapping[str, dict[str, Any]], device: str) -> list
     ranked = sorted(means, key=lambda index: (means[index], index))
     best = ranked[3:][::-1][:3]
     kinds = dict.fromkeys(ranked[:3], "Worst") | dict.fromkeys(best, "Best")
-    found: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
     for index, kind in kinds.items():
         truth = colorize(data.full_label(index), data.classes)
         panels = {"photograph": data.photograph(index), "truth": truth}
         name = data.samples[index].name
-        found.append({"name": name, "kind": kind, "classes": data.classes, "panels": panels})
+        images.append({"name": name, "kind": kind, "classes": data.classes, "panels": panels})
     for run, one in scored.items():
         flags = {"dataset": one["dataset"], "height": one["height"], "device": device}
         predict = Predictor(one["weights"], **flags)
-        for image in found:
+        for image in images:
             _, colors = predict(image["panels"]["photograph"])
             image["panels"][f"{run}, {percent(one['per_image'][image['name']])}"] = colors
-    return found
+    return images
 
 
 if __name__ == "__main__":

@@ -75,9 +75,9 @@ def read_checkpoint(source: Path | str) -> Checkpoint:
     info = read_info(metadata, path)
     layout = next((layout for layout in LAYOUTS if layout.matches(state)), None)
     if info.model is None and layout is not None:
-        state, found = layout.read(state, metadata, path)
-        names = found.class_names or info.class_names
-        info = replace(found, class_names=names, facts=info.facts | found.facts)
+        state, theirs = layout.read(state, metadata, path)
+        names = theirs.class_names or info.class_names
+        info = replace(theirs, class_names=names, facts=info.facts | theirs.facts)
     checkpoint = Checkpoint(str(path), state, info)
     outputs = len(state.get(checkpoint.classifier or "", ()))
     if outputs and info.class_names and len(info.class_names) != outputs:
@@ -93,7 +93,7 @@ def find_file(path: Path) -> Path:
     for place in (path, *(path / name for name in FOLDER_FILES)):
         if place.is_file():
             return place
-    inside = ", ".join(sorted(found.name for found in path.glob("*.safetensors")))
+    inside = ", ".join(sorted(file.name for file in path.glob("*.safetensors")))
     hint = f"name a file there ({inside})" if inside else "check the path, or the model zoo"
     raise UserError(f"no weights at {path}; {hint}")
 
@@ -145,26 +145,26 @@ def metadata_in(content: object) -> dict[str, Any]:
         return {}
     dataset = meta.get("dataset_meta")  # mmsegmentation 1.x; 0.x has CLASSES
     names = dataset.get("classes") if isinstance(dataset, Mapping) else meta.get("CLASSES")
-    found = {"config": meta.get("cfg", meta.get("config"))}
+    metadata = {"config": meta.get("cfg", meta.get("config"))}
     if isinstance(names, list | tuple):
-        found["class_names"] = json.dumps([str(name) for name in names])
-    return found
+        metadata["class_names"] = json.dumps([str(name) for name in names])
+    return metadata
 
 
 def state_in(content: Any, path: Path) -> State:
     """The state dict in a checkpoint, which may be nested. Raises UserError if there is none."""
-    found = content if isinstance(content, Mapping) else {type(content).__name__: None}
+    entries = content if isinstance(content, Mapping) else {type(content).__name__: None}
     for key in CONTAINERS:
-        if isinstance(found.get(key), Mapping):
-            return state_in(found[key], path)
+        if isinstance(entries.get(key), Mapping):
+            return state_in(entries[key], path)
     others = [
         str(key)
-        for key, value in found.items()
+        for key, value in entries.items()
         if not (isinstance(key, str) and isinstance(value, Tensor))
     ]
-    if others or not found:
+    if others or not entries:
         raise UserError(f"{path} is not a state dict: {some(others) or 'it is empty'}")
-    return dict(found)
+    return dict(entries)
 
 
 def bare_network(state: State) -> State:

@@ -116,10 +116,10 @@ def main(options: Options) -> None:
             raise UserError(
                 f"this format needs {error.name}; pip install -r requirements/export.txt"
             ) from error
-        found = difference(network, exported)
-        if not found < TOLERANCE[options.format]:
+        deviation = difference(network, exported)
+        if not deviation < TOLERANCE[options.format]:
             raise UserError(
-                f"the exported network differs from ours by {found:.1e}; nothing was written"
+                f"the exported network differs from ours by {deviation:.1e}; nothing was written"
             )
         if options.int8 is not None:
             height = checkpoint.info.facts.get("height", 512)
@@ -128,7 +128,7 @@ def main(options: Options) -> None:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{output}: {model.name}, {millions:.2f} M parameters")
     of = "pixels" if network.argmax else "the largest logit"
-    print(f"largest difference from ours: {found:.1e} of {of}")
+    print(f"largest difference from ours: {deviation:.1e} of {of}")
     if options.push is not None:
         print(hub.upload(output, options.push))
 
@@ -142,15 +142,16 @@ def class_names(model: SegmentationModel) -> list[str]:
 def difference(ours: Network, theirs: Network) -> float:
     """Largest difference relative to the largest logit, or share of pixels whose classes differ."""
     generator = torch.Generator().manual_seed(0)
-    found = []
+    differences = []
     for size in SIZES:
         images = torch.rand(size, generator=generator)
         expected, actual = ours(images), theirs(images)
         if expected.is_floating_point():
-            found.append((actual - expected).abs().max() / expected.abs().max())
+            differences.append((actual - expected).abs().max() / expected.abs().max())
         else:
-            found.append((actual != expected).float().mean())
-    return torch.stack(found).max().item()  # NaN, which Python's max would lose, is a difference
+            differences.append((actual != expected).float().mean())
+    # NaN, which Python's max would lose, is a difference.
+    return torch.stack(differences).max().item()
 
 
 def write_safetensors(network: ImagesToLogits, checkpoint: Checkpoint, path: Path) -> Network:

@@ -51,13 +51,13 @@ def recognise(state: dict[str, Tensor]) -> str | None:
     PVTv2-B5's bare encoder is the very network of MiT-B5 and goes by SegFormer's name.
     """
     # Every block has one such matrix, (hidden, channels): their numbers tell the architecture.
-    found = Counter(
+    matrices = Counter(
         tuple(value.shape[:2]) for key, value in state.items() if key.endswith(".mlp.fc1.weight")
     )
     is_mit = not any(key.startswith("backbone.") for key in state)
     for name, config in ENCODERS.items():
         stages = zip(config.channels, config.mlp_ratios, config.depths, strict=True)
         expected = {(c * ratio, c): depth for c, ratio, depth in stages}
-        if found == expected and (is_mit or name not in segformer.CONFIGS):
+        if matrices == expected and (is_mit or name not in segformer.CONFIGS):
             return name
     return None

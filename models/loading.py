@@ -76,15 +76,15 @@ def load_state(model: SegmentationModel, checkpoint: Checkpoint) -> None:
         f"{len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys
     )
     if detail:
-        found = recognise(state)
-        looks = f"; it looks like {found}" if found and found != model.name else ""
+        recognised = recognise(state)
+        looks = f"; it looks like {recognised}" if recognised and recognised != model.name else ""
         raise UserError(
             f"{source} does not fit {model.name} with {model.num_classes} classes{looks} ({detail})"
         )
-    spoilt = [k for k, value in wanted.items() if not state[k].to(value.dtype).isfinite().all()]
-    if spoilt:
+    not_finite = [k for k, value in wanted.items() if not state[k].to(value.dtype).isfinite().all()]
+    if not_finite:
         raise UserError(
-            f"{source} holds NaN or infinity ({some(spoilt)}); its training failed: "
+            f"{source} holds NaN or infinity ({some(not_finite)}); its training failed: "
             "take an earlier one"
         )
     model.load_state_dict(state)
@@ -135,9 +135,9 @@ def with_classes_of(model: SegmentationModel, checkpoint: Checkpoint) -> State:
         rows = [places.get(plain(name)) for name in names]
     elif count in (outputs, outputs - 1):  # nameless, but as many, with or without "ignore"
         rows[:count] = range(count)
-    anew = [i for i, row in enumerate(rows) if row is None]
-    if set(anew) - {outputs - 1}:  # more than "ignore", which is last
-        lacking = some([names[i] for i in anew])
+    new_rows = [i for i, row in enumerate(rows) if row is None]
+    if set(new_rows) - {outputs - 1}:  # more than "ignore", which is last
+        lacking = some([names[i] for i in new_rows])
         log.warning("%s lacks the classes %s; they start anew", checkpoint.source, lacking)
     for key in (weight, weight.replace("weight", "bias")):
         theirs, ours = state.get(key), wanted[key]

@@ -50,15 +50,15 @@ def cost_of(options: Options) -> Cost:
         paper_images = torch.empty(1, 3, *PAPER_SIZE)
         images = torch.empty(1, 3, height, 2 * height)  # as wide as Cityscapes' are
         learner: Distiller = Distiller(network)
-        taught = 0
+        teacher_macs = 0
         method = METHODS.get(PUBLISHED.get(options.method, options.method))
         if isinstance(options, DistillingOptions) and method is not None:
             teacher = create_model(options.distillation.teacher_model or "segformer_b2", outputs)
             learner = method.build(network, teacher.channels, None, options.distillation)
             with_logits = learner.needs_teacher_logits  # else its decode head doesn't run
-            taught = executed_macs(teacher.eval(), images, logits=with_logits)
+            teacher_macs = executed_macs(teacher.eval(), images, logits=with_logits)
         # The backward pass takes twice as many as the forward pass. The teacher has none.
-        macs_per_image = taught + 3 * executed_macs(learner.eval(), images)
+        macs_per_image = teacher_macs + 3 * executed_macs(learner.eval(), images)
         macs = published_macs(network, paper_images)
     return Cost(
         parameters=parameters(network),

@@ -95,11 +95,11 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
                 images, labels = to_device(batch, device)
                 with averaging_gradients(learner, batch is group[-1]):
                     with autocast(run), torch.no_grad():
-                        taught = None
+                        teacher_output = None
                         if teacher is not None:
-                            taught = teacher(images, logits=distiller.needs_teacher_logits)
+                            teacher_output = teacher(images, logits=distiller.needs_teacher_logits)
                     with autocast(run):
-                        losses = learner(images, labels, taught)
+                        losses = learner(images, labels, teacher_output)
                     if scale is not None:
                         losses = {k: scale[int(k != "ce")] * v for k, v in losses.items()}
                     total = torch.stack(list(losses.values())).sum() / len(group)

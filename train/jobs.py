@@ -86,8 +86,8 @@ class Running:
             return False
         if code:
             # The last line of its output says why.
-            said = Path(self.log.name).read_text(errors="replace").splitlines()
-            last = next((line for line in reversed(said) if line.strip()), "")
+            lines = Path(self.log.name).read_text(errors="replace").splitlines()
+            last = next((line for line in reversed(lines) if line.strip()), "")
             self.job.error = f"{last} (exit code {code}, {self.log.name})"
         self.close()
         return True

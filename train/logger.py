@@ -180,13 +180,13 @@ class Logger:
         self.clock = now
 
     def _raise_not_finite(self, names: list[str], values: Tensor) -> None:
-        found = []
+        not_finite = []
         for (step, _, indices), row in zip(self.pending, values.tolist(), strict=True):
             images = ", ".join(self.samples[index].name for index in indices)
             broken = (name for name, value in zip(names, row, strict=True) if value - value != 0)
-            found += [(step, name, images) for name in broken]
+            not_finite += [(step, name, images) for name in broken]
         # The first of all processes, which then raise the same error.
-        step, name, images = min(chain(*distributed.all_gather_object(found)))
+        step, name, images = min(chain(*distributed.all_gather_object(not_finite)))
         raise UserError(
             f"the loss {name} is NaN or infinite at step {step} (images {images}); the last good "
             f"state is kept in {self.path.parent}: look at these images, or try a lower --lr"

@@ -85,8 +85,8 @@ def normalisation(
     )
     if min(stds) <= 0 or not all(math.isfinite(value) for value in means + stds):
         raise ValueError("means must be finite, deviations above 0")
-    found = Normalisation(means, stds)
-    return None if found == NO_NORMALISATION else found
+    result = Normalisation(means, stds)
+    return None if result == NO_NORMALISATION else result
 
 
 def swap_channels(state: State) -> State:

@@ -83,21 +83,21 @@ def read(state: State, metadata: Mapping[str, Any], path: Path) -> tuple[State, 
     Raises UserError if it names several normalisations.
     """
     state = from_nvidia(state) if is_nvidias(state) else from_mmseg(state)
-    found: set[tuple[Normalisation | None, bool]] = set()
+    inputs: set[tuple[Normalisation | None, bool]] = set()
     problem = "says no mean and deviation of its input"
     try:
-        found = {input_of(step) for step in normalising_steps(str(metadata.get("config") or ""))}
+        inputs = {input_of(step) for step in normalising_steps(str(metadata.get("config") or ""))}
     except (SyntaxError, TypeError, ValueError, RecursionError):
         problem = "has a configuration that can't be read"
-    if not found:
+    if not inputs:
         log.warning("%s %s; ImageNet's normalisation is taken", path, problem)
         return state, CheckpointInfo(normalisation=IMAGENET)
-    if len(found) > 1:
+    if len(inputs) > 1:
         raise UserError(
             f"the configuration in {path} names several normalisations of the input; "
             "save the weights with the one that they were trained with"
         )
-    chosen, bgr = found.pop()
+    chosen, bgr = inputs.pop()
     return swap_channels(state) if bgr else state, CheckpointInfo(normalisation=chosen)
 
 
