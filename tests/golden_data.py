@@ -109,14 +109,12 @@ def build(name: str) -> tuple[Distiller, SegmentationModel | None]:
 
 
 def seeded(name: str) -> Distiller:
-    """The distiller alone."""
     distiller = unseeded(name)
     seed(distiller.student if name in PLAIN else distiller)
     return distiller
 
 
 def unseeded(name: str) -> Distiller:
-    """The same as it starts."""
     if name in PLAIN:
         return Distiller(create_model(PLAIN[name]), CITYSCAPES.weights)
     row = METHODS[name]
@@ -131,5 +129,4 @@ def seeded_teacher(model: str) -> SegmentationModel:
 
 @cache
 def teacher_output(model: str, dtype: torch.dtype) -> SegmentationOutput:
-    """What the teacher makes of input A."""
     return seeded_teacher(model).to(dtype)(golden_input("A").to(dtype), logits=False)

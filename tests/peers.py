@@ -1,16 +1,10 @@
-"""Other libraries' SegFormers: Hugging Face's, and mmsegmentation's written out plainly."""
+"""Other libraries' SegFormers; mmsegmentation's is written out plainly."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import SegformerConfig
 
-from models.layouts.huggingface import architecture
 from models.segformer import CONFIGS
-
-
-def huggingface_config(name: str, num_classes: int) -> SegformerConfig:
-    return SegformerConfig(**architecture(name), num_labels=num_classes)
 
 
 def with_segformers_eps(peer: nn.Module) -> nn.Module:

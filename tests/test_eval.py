@@ -21,7 +21,6 @@ from eval import commands, eval_ACDC_iou, eval_cityscapes_color, eval_cityscapes
 from eval.commands import ColorOptions, IoUOptions
 from eval.inference import Views, evaluate
 from eval.predictor import Predictor, forward
-from eval.rendering import colorize, legend, side_by_side
 from models import SegmentationModel, create_model, load_model
 from models.base import SegmentationOutput
 from tests.conftest import ROOT
@@ -75,17 +74,11 @@ def predict(model: SegmentationModel, data: SceneDataset, index: int) -> torch.T
     return model(to_float(data[index].image)[None]).logits[0]
 
 
-def count(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """IoU by class name, straight from the definition."""
-    scores = {}
-    for index, name in enumerate(CITYSCAPES.names):
-        both = either = 0
-        for prediction, label in pairs:
-            p, y = (prediction == index) & (label < 19), label == index
-            both, either = both + int((p & y).sum()), either + int((p | y).sum())
-        if either:
-            scores[name] = both / either
-    return scores
+def ious(counts: np.ndarray) -> np.ndarray:
+    """Of pixel counts by true and predicted class; NaN for a class that does not occur."""
+    both = counts.diagonal()
+    with np.errstate(invalid="ignore"):
+        return both / (counts.sum(1) + counts[:, :19].sum(0) - both)
 
 
 # --- scores
@@ -98,26 +91,25 @@ def test_paper_protocol_by_script(cityscapes, model, flags, tmp_path, command) -
     words += ["--batch-size", 2, "--num-workers", 2, "--json", result]
     done = command(ROOT / "eval/eval_cityscapes_iou.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "3/3" in done.stderr and "images/s" in done.stderr
-
     data = open_val(cityscapes)
-    pairs = [(predict(model, data, i).argmax(0).numpy(), data[i].label.numpy()) for i in range(3)]
-    assert any((prediction == 19).any() for prediction, _ in pairs)
-    expected = count(pairs)
+    counts = np.zeros((3, 20, 20), int)
+    for i in range(3):
+        prediction = predict(model, data, i).argmax(0).numpy()
+        np.add.at(counts[i], (data[i].label.numpy(), prediction), 1)
+    counts = counts[:, :19]
+    assert counts[..., 19].any()
+    expected = ious(counts.sum(0))
     written = json.loads(result.read_text())
-    assert {k: v for k, v in written["per_class"].items() if v is not None} == expected
-    assert written["mean_iou"] == pytest.approx(sum(expected.values()) / len(expected))
+    assert written["confusion"] == counts.sum(0).tolist()
+    found = np.array(list(written["per_class"].values()), float)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert written["mean_iou"] == pytest.approx(np.nanmean(expected))
     assert f"{100 * written['mean_iou']:.2f}" in done.stdout
+    for sample, own in zip(data.samples, counts, strict=True):
+        assert written["per_image"][sample.name] == pytest.approx(np.nanmean(ious(own)))
     keys = ("protocol", "images", "weights", "dataset", "datadir", "subset", "height")
     values = ["paper", 3, str(flags["weights"]), "cityscapes", str(cityscapes), "val", 64]
     assert [written[key] for key in keys] == values and "conditions" not in written
-    pixels = np.zeros((20, 20), int)
-    for prediction, label in pairs:
-        np.add.at(pixels, (label, prediction), 1)
-    assert written["confusion"] == pixels[:19].tolist()
-    for sample, pair in zip(data.samples, pairs, strict=True):
-        own = count([pair])
-        assert written["per_image"][sample.name] == pytest.approx(sum(own.values()) / len(own))
 
 
 def test_full_protocol_is_what_cityscapesscripts_scores(cityscapes, flags, tmp_path) -> None:
@@ -143,39 +135,30 @@ def test_full_protocol_is_what_cityscapesscripts_scores(cityscapes, flags, tmp_p
     assert sum(value is not None for value in ours["per_class"].values()) > 12  # predicted counts
 
 
-def reference(model: Any, photograph: Image.Image, views: Views) -> torch.Tensor:
+def reference(model: Any, photograph: Image.Image, views: Any) -> torch.Tensor:
     """Mean class probabilities (19, *SIZE), one view after the other, at height 64."""
+    (h, w), (down, right) = views.window, views.stride
     probabilities = []
     for scale in views.scales:
         size = (round(scale * 128), round(scale * 64))
         pixels = np.array(photograph.resize(size, Image.Resampling.BILINEAR))
         upright = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
-        for image in (upright, upright.flip(-1)) if views.flip else (upright,):
-            logits = model(image).logits
-            if views.window is not None:
-                logits, seen = torch.zeros(1, 20, *image.shape[-2:]), 0 * image[:, :1]
-                (h, w), (down, right) = views.window, views.stride or views.window
-                for y in range(0, max(image.shape[-2] - h, 0) + down, down):
-                    for x in range(0, max(image.shape[-1] - w, 0) + right, right):
-                        bottom, end = min(y + h, image.shape[-2]), min(x + w, image.shape[-1])
-                        part = np.s_[..., max(bottom - h, 0) : bottom, max(end - w, 0) : end]
-                        found = model(image[part]).logits
-                        logits[part] += F.interpolate(found, image[part].shape[2:], mode="bilinear")
-                        seen[part] += 1
-                logits = logits / seen
-            full = F.interpolate(logits[:, :19], SIZE, mode="bilinear").softmax(1)
+        for image in (upright, upright.flip(-1)):
+            logits, seen = torch.zeros(1, 20, *image.shape[-2:]), 0 * image[:, :1]
+            for y in range(0, max(image.shape[-2] - h, 0) + down, down):
+                for x in range(0, max(image.shape[-1] - w, 0) + right, right):
+                    bottom, end = min(y + h, image.shape[-2]), min(x + w, image.shape[-1])
+                    part = np.s_[..., max(bottom - h, 0) : bottom, max(end - w, 0) : end]
+                    found = model(image[part]).logits
+                    logits[part] += F.interpolate(found, image[part].shape[2:], mode="bilinear")
+                    seen[part] += 1
+            full = F.interpolate((logits / seen)[:, :19], SIZE, mode="bilinear").softmax(1)
             probabilities.append(full if image is upright else full.flip(-1))
     return torch.cat(probabilities).mean(0)
 
 
-@pytest.mark.parametrize(
-    "views",
-    [
-        Views(window=(48, 48)),
-        Views(scales=(1.75, 0.75), flip=True, window=(64, 64), stride=(40, 24)),
-    ],
-)
-def test_averages_over_several_views(views, cityscapes, model) -> None:
+def test_averages_over_several_views(cityscapes, model) -> None:
+    views = Views(scales=(1.75, 0.75), flip=True, window=(64, 64), stride=(40, 24))
     data = open_val(cityscapes)
     data.samples = data.samples[:1]
     expected = reference(model, data.photograph(0), views)
@@ -188,25 +171,12 @@ def test_averages_over_several_views(views, cityscapes, model) -> None:
     assert int((counts - matrix).abs().sum()) <= 10  # of 18432 pixels, where two classes tie
 
 
-def test_loss_is_the_weighted_mean_over_the_split(cityscapes, model) -> None:
-    data, class_weights = open_val(cityscapes), torch.tensor(CITYSCAPES.weights)
-    logits = torch.stack([predict(model, data, index) for index in range(3)])
-    labels = torch.stack([item.label for item in data]).long()
-    expected = F.cross_entropy(logits, labels, class_weights).item()
-    found = evaluate(model, data, batch_size=2, class_weights=class_weights).as_json()
-    assert found["loss"] == pytest.approx(expected, rel=1e-5)
-    broken = create_model("segformer_b0")
-    torch.nn.init.constant_(broken.head.classifier.bias, float("nan"))
-    with pytest.raises(UserError, match="NaN or infinite"):
-        evaluate(broken, data)
-
-
 class Network(torch.nn.Module):
     """Answers as a model of ours, with a layer's logits or as exported with --argmax."""
 
-    def __init__(self, layer: torch.nn.Module, argmax: bool = False) -> None:
+    def __init__(self, argmax: bool = False) -> None:
         super().__init__()
-        self.layer, self.argmax = layer, argmax
+        self.layer, self.argmax = torch.nn.Conv2d(3, 20, 4, stride=4), argmax
 
     def forward(self, images: torch.Tensor) -> SegmentationOutput:
         found = self.layer(images)
@@ -216,29 +186,29 @@ class Network(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore")  # the exporter of old, which is fast
 def test_onnx_files(cityscapes, tmp_path) -> None:
     """They score as their network does, at the height of its training; a flag overrides it."""
-    layer, images, path = torch.nn.Conv2d(3, 20, 4, 4), torch.rand(1, 3, 8, 8), tmp_path / "s.onnx"
+    network, path = Network(), tmp_path / "s.onnx"
     names: Any = {"input_names": ["images"], "dynamic_axes": {"images": [0, 2, 3]}}
-    torch.onnx.export(layer, (images,), path, dynamo=False, **names)
+    torch.onnx.export(network.layer, (torch.rand(1, 3, 8, 8),), path, dynamo=False, **names)
 
-    def write(*classes: str) -> None:
-        network = onnx.load(path)  # a small one, with what models.export writes beside it
+    def name(*classes: str) -> None:
+        file = onnx.load(path)  # a small one, with what models.export writes beside it
         facts = {"classes": json.dumps(classes), "facts": json.dumps({"height": 64})}
-        onnx.helper.set_model_props(network, facts)
-        onnx.save(network, path)
+        onnx.helper.set_model_props(file, facts)
+        onnx.save(file, path)
 
-    write(*CITYSCAPES.output_names)
+    name(*CITYSCAPES.output_names)
     options = IoUOptions(cityscapes, weights=path, num_workers=0)
     counts = commands.score("cityscapes", options).counts
-    assert torch.equal(counts, evaluate(Network(layer), open_val(cityscapes)).counts)
-    assert (Predictor(path).height, Predictor(path, height=96).height) == (64, 96)
-    write("ignore", *CITYSCAPES.names)
+    assert torch.equal(counts, evaluate(network, open_val(cityscapes)).counts)
+    assert Predictor(path, height=96).height == 96
+    name("ignore", *CITYSCAPES.names)
     with pytest.raises(UserError, match="in another order"):
         Predictor(path)
 
 
 def test_networks_that_give_classes(cityscapes) -> None:
     """They are scored, and have nothing to average."""
-    network, data = Network(torch.nn.Conv2d(3, 20, 4, stride=4), True), open_val(cityscapes)
+    network, data = Network(argmax=True), open_val(cityscapes)
     quarter, full = (evaluate(network, data, protocol=x).counts for x in ("paper", "full"))
     assert int(quarter.sum()) == 3 * 16 * 32 and not quarter[:, :19, 19].any()
     assert torch.equal(full.sum(1), 36 * quarter.sum(1))  # enlarged by the nearest, to 96×192
@@ -251,8 +221,7 @@ def test_acdc_conditions(weathers, flags, tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("all", "fog", "snow", "motorcycle"))
     written = json.loads((tmp_path / "eval.json").read_text())
-    conditions = {name: part["images"] for name, part in written["conditions"].items()}
-    assert conditions == {"fog": 1, "night": 1, "rain": 1, "snow": 1}
+    assert list(written["conditions"]) == ["fog", "night", "rain", "snow"]
     data = open_val(weathers, "ACDC")
     data.samples = [sample for sample in data.samples if sample.condition == "night"]
     network = load_model(flags["weights"]).train()
@@ -297,21 +266,16 @@ def test_runs_have_folders_of_their_own(cityscapes, flags, tmp_path, monkeypatch
     """All runs' weights are called student; `~` is the home folder. A split may lack labels."""
     monkeypatch.setattr(commands, "OUTPUTS", tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for place in ("run", "elsewhere"):
-        (tmp_path / place).mkdir()
-        (tmp_path / place / "student.pth").symlink_to(flags["weights"])
-    (tmp_path / "run" / "options.json").write_text("{}")
-    for place, folder, wanted in (
-        ("run", "color/run/student", None),
-        ("elsewhere", "color/student", None),
-        ("run", "x", Path("~/x")),
-    ):
-        weights = Path("~", place, "student.pth")
-        options = ColorOptions(cityscapes, **flags | {"weights": weights}, subset="test")
-        options.output_dir, options.json = wanted, Path("~/x.json")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "student.pth").symlink_to(flags["weights"])
+    given = flags | {"weights": Path("~/run/student.pth"), "subset": "test"}
+    for folder in ("color/student", "color/run/student", "x"):
+        output = Path("~/x") if folder == "x" else None
+        options = ColorOptions(cityscapes, **given, output_dir=output, json=Path("~/x.json"))
         (made,) = commands.paint("cityscapes", options)
         assert made.is_relative_to(tmp_path / folder)
         assert json.loads((tmp_path / "x.json").read_text())["files"] == [str(made)]
+        (tmp_path / "run" / "options.json").write_text("{}")  # from now on it is a run's folder
 
 
 @pytest.mark.parametrize(
@@ -319,18 +283,14 @@ def test_runs_have_folders_of_their_own(cityscapes, flags, tmp_path, monkeypatch
     [
         ({"overlay": 0.5, "label_ids": True}, "give one of --overlay"),
         ({"output_dir": "DATA"}, "lies among the images"),
-        ({"output_dir": "WEIGHTS"}, "can't make the folder"),
         ({"weights": Path("no.onnx")}, "no weights at no.onnx"),
-        ({"json": "."}, "can't write"),
         ({"json": "WEIGHTS"}, r"name a file that ends in \.json"),
-        ({"batch_size": 0}, "--batch-size"),
         ({"subset": "test", "protocol": "paper"}, "berlin_000000_000000"),  # which has no label
         ({"test_time": {"scales": (0.5,)}}, "--protocol full"),
-        ({"test_time": {"window": (32, 32), "stride": (33, 32)}}, "no stride above its window"),
     ],
 )
 def test_mistakes(cityscapes, flags, tmp_path, more, words) -> None:
-    places = {"DATA": cityscapes, "WEIGHTS": flags["weights"], ".": tmp_path}
+    places = {"DATA": cityscapes, "WEIGHTS": flags["weights"]}
     given = flags | {key: places.get(str(value), value) for key, value in more.items()}
     with pytest.raises(UserError, match=words) as error:
         if "protocol" in more or "test_time" in more:
@@ -345,28 +305,10 @@ def test_mistakes(cityscapes, flags, tmp_path, more, words) -> None:
 def test_published_names(tmp_path, monkeypatch) -> None:
     """Evaluation looks for them in outputs/; one script has B2 in the student's name."""
     monkeypatch.setattr(commands, "OUTPUTS", tmp_path)
-    for kind, size, found in (("teacher", "b2", "b2"), ("student", "b0", "b2")):
-        options = commands.Options(tmp_path, distillation_type=kind)
-        with pytest.raises(UserError, match=f"zoo download segformer{size}_{kind}_acdc,"):
-            commands.find_weights(options, "ACDC")
-        path = tmp_path / f"segformer{found}_{kind}_acdc.pth"
+    options = commands.Options(tmp_path, distillation_type="student")
+    with pytest.raises(UserError, match="zoo download segformerb0_student_acdc,"):
+        commands.find_weights(options, "ACDC")
+    for size in ("b2", "b0"):
+        path = tmp_path / f"segformer{size}_student_acdc.pth"
         path.touch()
         assert commands.find_weights(options, "ACDC") == path
-
-
-def test_pictures_stay_below_the_output_folder(cityscapes, tmp_path) -> None:
-    """A link in it that leads elsewhere is not followed."""
-    (tmp_path / "leftImg8bit").symlink_to("/")
-    with pytest.raises(UserError, match="leaves"):
-        commands.output_paths(open_val(cityscapes), tmp_path, False)
-
-
-def test_figures() -> None:
-    """Captions above, label maps that grow without new colours, a legend."""
-    colors = colorize(np.array([[0, 10], [13, 19]]), CITYSCAPES)
-    photograph = Image.new("RGB", (200, 100))
-    row = side_by_side([("photograph", photograph), ("truth", colors)])
-    assert row.width == 200 + 8 + 100 and row.height > 100
-    assert row.getpixel((row.width - 60, row.height - 60)) == (128, 64, 128)
-    strip = legend(CITYSCAPES, 300, present=[13])
-    assert (0, 0, 142) in {color for _, color in strip.getcolors(10_000) or ()}

@@ -1,11 +1,9 @@
 """Tiny archives of the structure of the published ones become folders that the loaders read."""
 
 import io
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -76,9 +74,19 @@ def empty_folder(tmp_path, monkeypatch) -> None:
     DOWNLOADS.mkdir()
 
 
-@pytest.fixture
-def cityscapes() -> dict[str, bytes]:
-    """What Cityscapes' archives hold: six images, and things that are not read here."""
+def refuse_half(dataset, name) -> None:
+    """A download that broke off is named, and nothing is written."""
+    archive = DOWNLOADS / name
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"^.*{name} can't be read .*download it again$"):
+        run(dataset)
+    assert not DATA.exists()
+    archive.write_bytes(whole)
+
+
+def test_cityscapes(capsys) -> None:
+    """Also after a member with a wrong check sum: those before it are there, whole, and stay."""
     images, truth = {"license.txt": b"terms"}, {}
     for key in ("train/a/0", "train/a/1", "train/a/2", "val/b/0", "val/b/1", "test/c/0"):
         images[f"leftImg8bit/{key}_leftImg8bit.png"] = photograph()
@@ -86,66 +94,40 @@ def cityscapes() -> dict[str, bytes]:
         truth[f"gtFine/{key}_gtFine_polygons.json"] = b"{}"
     write_zip(IMAGES, images)
     write_zip(LABELS, truth)
-    return images | truth
+    refuse_half("cityscapes", LABELS)
 
+    whole = (DOWNLOADS / IMAGES).read_bytes()
+    with zipfile.ZipFile(DOWNLOADS / IMAGES) as packed:
+        entry = packed.getinfo("leftImg8bit/train/a/1_leftImg8bit.png")
+    spoiled = bytearray(whole)
+    spoiled[entry.header_offset + 200] ^= 255
+    (DOWNLOADS / IMAGES).write_bytes(spoiled)
+    with pytest.raises(UserError, match=rf"{entry.filename} can't be read .*CRC.*; download it"):
+        run("cityscapes")
+    first = "leftImg8bit/train/a/0_leftImg8bit.png"
+    written = (DATA / first).stat().st_mtime_ns
+    assert content(DATA) == {first: images[first]}
 
-@pytest.fixture
-def nyuv2() -> SimpleNamespace:
-    """Five frames in MATLAB's order of axes, of 894 classes."""
-    images = RNG.integers(0, 256, (5, *SIZE, 3), np.uint8)
-    classes = RNG.integers(0, 895, (5, *SIZE))
-    mapping = RNG.integers(1, 41, 894)
-    with h5py.File(DOWNLOADS / FRAMES, "w", userblock_size=512) as file:
-        file.create_dataset("images", data=images.transpose(0, 3, 2, 1), compression="gzip")
-        file.create_dataset("labels", data=classes.transpose(0, 2, 1), compression="gzip")
-    scipy.io.savemat(DOWNLOADS / "classMapping40.mat", {"mapClass": mapping[None]})
-    scipy.io.savemat(DOWNLOADS / "splits.mat", {"trainNdxs": [1.0, 4.0, 5.0], "testNdxs": [2, 3]})
-    return SimpleNamespace(images=images, classes=classes, mapping=mapping)
-
-
-@pytest.fixture
-def voc2012() -> SimpleNamespace:
-    """VOC has labels of a and b to train and of v to validate, SBD of a, c and v."""
-    own, added = ({name: RNG.integers(0, 21, SIZE, np.uint8) for name in x} for x in ("abv", "acv"))
-    photographs = {f"JPEGImages/{name}.jpg": photograph("JPEG") for name in "abcvz"}
-    files = photographs | {"ImageSets/Segmentation/val.txt": b"v\n"}
-    for name, label in own.items():
-        label[0] = 255
-        files[f"SegmentationClass/{name}.png"] = encode(label, palette=colormap(256))
-    truth = np.array([[(0, 0)]], dtype=[("Boundaries", object), ("Segmentation", object)])
-    more = {}
-    for name, label in added.items():
-        truth[0, 0] = (0, label)
-        file = io.BytesIO()
-        scipy.io.savemat(file, {"GTcls": truth})
-        more[f"benchmark_RELEASE/dataset/cls/{name}.mat"] = file.getvalue()
-    write_tar(VOC, {f"VOCdevkit/VOC2012/{name}": data for name, data in files.items()})
-    write_tar(SBD, more)
-    return SimpleNamespace(labels=added | own, photographs=photographs)
-
-
-def test_cityscapes(cityscapes, capsys) -> None:
+    (DOWNLOADS / IMAGES).write_bytes(whole)
     run("cityscapes", DOWNLOADS / IMAGES, DOWNLOADS / LABELS)
     endings = ("_leftImg8bit.png", "_labelIds.png")
-    assert content(DATA) == {n: c for n, c in cityscapes.items() if n.endswith(endings)}
+    expected = {name: data for name, data in (images | truth).items() if name.endswith(endings)}
+    assert content(DATA) == expected and (DATA / first).stat().st_mtime_ns == written
     assert len(labels("cityscapes", "train")) == 3
     assert "40×60 (3)" in capsys.readouterr().out
 
 
-def test_acdc(capsys) -> None:
-    """The same places in fair weather are left out, and an image without label is named."""
+def test_acdc() -> None:
+    """The same places in fair weather are left out."""
     images, truth = {}, {}
     for condition in ("fog", "night", "rain", "snow"):
         for subset in ("train", "train_ref", "val", "test"):
             images[f"rgb_anon/{condition}/{subset}/GOPR/1_rgb_anon.png"] = photograph()
             truth[f"gt/{condition}/{subset}/GOPR/1_gt_labelTrainIds.png"] = LABEL
-    del truth["gt/snow/val/GOPR/1_gt_labelTrainIds.png"]
     write_zip("rgb_anon_trainvaltest.zip", images)
     write_zip("gt_trainval.zip", truth)
-    with pytest.raises(UserError, match="problems in data: 1"):
-        run("ACDC")
+    run("ACDC")
     assert content(DATA) == {n: c for n, c in (images | truth).items() if "_ref/" not in n}
-    assert "images without label: 1, such as 1_rgb_anon.png" in capsys.readouterr().out
 
 
 def test_camvid() -> None:
@@ -169,66 +151,57 @@ def test_camvid() -> None:
         run("CamVid")
 
 
-def test_nyuv2(nyuv2, monkeypatch) -> None:
+def test_nyuv2() -> None:
+    """Five frames in MATLAB's order of axes, of 894 classes."""
+    images = RNG.integers(0, 256, (5, *SIZE, 3), np.uint8)
+    classes = RNG.integers(0, 895, (5, *SIZE))
+    mapping = RNG.integers(1, 41, 894)
+    with h5py.File(DOWNLOADS / FRAMES, "w", userblock_size=512) as file:
+        file.create_dataset("images", data=images.transpose(0, 3, 2, 1), compression="gzip")
+        file.create_dataset("labels", data=classes.transpose(0, 2, 1), compression="gzip")
+    scipy.io.savemat(DOWNLOADS / "classMapping40.mat", {"mapClass": mapping[None]})
+    scipy.io.savemat(DOWNLOADS / "splits.mat", {"trainNdxs": [1.0, 4.0, 5.0], "testNdxs": [2, 3]})
+    refuse_half("NYUv2", FRAMES)
     run("NYUv2")
     found = labels("NYUv2", "train") | labels("NYUv2", "test")
     assert list(found) == ["0001", "0004", "0005", "0002", "0003"]
     for name, label in found.items():
-        classes = nyuv2.classes[int(name) - 1]
-        expected = np.where(classes == 0, 40, nyuv2.mapping[classes - 1] - 1)
-        np.testing.assert_array_equal(label, expected)
+        raw = classes[int(name) - 1]
+        np.testing.assert_array_equal(label, np.where(raw == 0, 40, mapping[raw - 1] - 1))
         image = np.asarray(Image.open(DATA / "images" / f"{name}.png"))
-        np.testing.assert_array_equal(image, nyuv2.images[int(name) - 1])
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(UserError, match=r"pip install -r requirements/prepare.txt"):
-        run("NYUv2")
+        np.testing.assert_array_equal(image, images[int(name) - 1])
 
 
-def test_voc2012(voc2012) -> None:
-    """Trained on is all but what validates, with VOC's own label where there are two."""
+def test_voc2012() -> None:
+    """VOC has labels of a and b to train and of v to validate, SBD of a, c and v.
+
+    Trained on is all but what validates, with VOC's own label where there are two.
+    """
+    own, added = ({name: RNG.integers(0, 21, SIZE, np.uint8) for name in x} for x in ("abv", "acv"))
+    photographs = {f"JPEGImages/{name}.jpg": photograph("JPEG") for name in "abcvz"}
+    files = photographs | {"ImageSets/Segmentation/val.txt": b"v\n"}
+    for name, label in own.items():
+        label[0] = 255
+        files[f"SegmentationClass/{name}.png"] = encode(label, palette=colormap(256))
+    truth = np.array([[(0, 0)]], dtype=[("Boundaries", object), ("Segmentation", object)])
+    more = {}
+    for name, label in added.items():
+        truth[0, 0] = (0, label)
+        file = io.BytesIO()
+        scipy.io.savemat(file, {"GTcls": truth})
+        more[f"benchmark_RELEASE/dataset/cls/{name}.mat"] = file.getvalue()
+    write_tar(VOC, {f"VOCdevkit/VOC2012/{name}": data for name, data in files.items()})
+    write_tar(SBD, more)
+    refuse_half("VOC2012", SBD)
     run("VOC2012")
     found = {subset: labels("VOC2012", subset) for subset in ("train", "val")}
     assert ["".join(names) for names in found.values()] == ["abc", "v"]
     for name, label in (found["train"] | found["val"]).items():
-        raw = voc2012.labels[name]
+        raw = (added | own)[name]
         np.testing.assert_array_equal(label, np.where(raw == 255, 21, raw))
         photo = f"JPEGImages/{name}.jpg"
-        assert (DATA / photo).read_bytes() == voc2012.photographs[photo]
+        assert (DATA / photo).read_bytes() == photographs[photo]
     assert len(content(DATA / "JPEGImages")) == 4
-
-
-def test_interrupted_and_continued(cityscapes) -> None:
-    """A member's check sum is wrong: those before it are there, whole, and stay."""
-    whole = (DOWNLOADS / IMAGES).read_bytes()
-    with zipfile.ZipFile(DOWNLOADS / IMAGES) as packed:
-        entry = packed.getinfo("leftImg8bit/train/a/1_leftImg8bit.png")
-    spoiled = bytearray(whole)
-    spoiled[entry.header_offset + 200] ^= 255
-    (DOWNLOADS / IMAGES).write_bytes(spoiled)
-    with pytest.raises(UserError, match=rf"{entry.filename} can't be read .*CRC.*; download it"):
-        run("cityscapes")
-    first = "leftImg8bit/train/a/0_leftImg8bit.png"
-    written = (DATA / first).stat().st_mtime_ns
-    assert content(DATA) == {first: cityscapes[first]}
-    (DOWNLOADS / IMAGES).write_bytes(whole)
-    run("cityscapes")
-    assert len(content(DATA)) == 12 and written == (DATA / first).stat().st_mtime_ns
-
-
-@pytest.mark.parametrize(
-    ("dataset", "name"),
-    [("cityscapes", LABELS), ("VOC2012", VOC), ("VOC2012", SBD), ("NYUv2", FRAMES)],
-)
-def test_a_broken_or_missing_download(dataset, name, request) -> None:
-    request.getfixturevalue(dataset.lower())
-    archive = DOWNLOADS / name
-    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
-    with pytest.raises(UserError, match=rf"^.*{name} can't be read .*download it again$"):
-        run(dataset)
-    archive.unlink()
-    with pytest.raises(UserError, match=rf"no {name} in .*; --help says where to download it"):
-        run(dataset)
-    assert not DATA.exists()
 
 
 @pytest.mark.parametrize("name", ["a/train/../../../x_leftImg8bit.png", "/x/val/y_labelIds.png"])

@@ -20,12 +20,7 @@ def write(path: Path, array: np.ndarray) -> Path:
 
 
 def write_scene(
-    root: Path,
-    name: str,
-    size: tuple[int, int] = (64, 96),
-    *,
-    kind: str = "TrainIds",
-    extension: str = "png",
+    root: Path, name: str, size: Any = (64, 96), *, kind: str = "TrainIds", extension: str = "png"
 ) -> tuple[Path, Path]:
     """A random training image and its label; returns their paths."""
     rng = np.random.default_rng(list(name.encode(errors="surrogateescape")))
