@@ -21,7 +21,6 @@ torch.set_num_threads(1)  # two tests run at a time; threads that wait for each 
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -65,7 +64,6 @@ def command() -> Command:
 
 @pytest.fixture
 def small(scenes: Path, tmp_path: Path) -> Small:
-    """Trainings on the drawn scenes."""
     return Small(scenes, tmp_path)
 
 

@@ -32,16 +32,13 @@ from train.options import DistillingOptions
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 
 
-def untrained(path: Path, name: str = "segformer_b0", seed: int = 1) -> Path:
-    """Weights that can teach."""
-    torch.manual_seed(seed)
-    save_model(create_model(name), path)
-    return path
-
-
 @cache
 def small_teacher() -> Path:
-    return untrained(Path(os.environ["TRANSKD_CACHE"]) / "teacher.safetensors")
+    """Weights that can teach."""
+    path = Path(os.environ["TRANSKD_CACHE"]) / "teacher.safetensors"
+    torch.manual_seed(1)
+    save_model(create_model("segformer_b0"), path)
+    return path
 
 
 def flags_of(script: ModuleType, datadir: Path, folder: Path | None, /, **changes: Any) -> Any:
@@ -49,13 +46,13 @@ def flags_of(script: ModuleType, datadir: Path, folder: Path | None, /, **change
 
     Changes take the place of these; None leaves a flag out.
     """
-    common: dict[str, Any] = {"datadir": datadir, "output_dir": folder, "height": 64}
-    common |= {"num_workers": 0, "batch_size": 2, "steps_loss": 1}
-    common |= {"tensorboard": False, "device": "cpu"}
+    flags: dict[str, Any] = {"datadir": datadir, "output_dir": folder, "height": 64}
+    flags |= {"num_workers": 0, "batch_size": 2, "steps_loss": 1}
+    flags |= {"tensorboard": False, "device": "cpu"}
     if issubclass(script.Options, DistillingOptions):
-        common["teacher_weights"] = small_teacher()
-    chosen = common | changes
-    return to_words({name: value for name, value in chosen.items() if value is not None})
+        flags["teacher_weights"] = small_teacher()
+    flags |= changes
+    return to_words({name: value for name, value in flags.items() if value is not None})
 
 
 def options_of(script: ModuleType, datadir: Path, folder: Path, /, **changes: Any) -> Any:
@@ -103,10 +100,10 @@ class Small:
         with pytest.raises(UserError, match=says):
             self.train(script, name, **changes)
 
-    def records(self, event: str = "", name: str = "") -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl, of one kind or of all."""
+    def records(self, event: str, name: str = "") -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl, of one kind."""
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        return [record for line in lines if event in ("", (record := json.loads(line))["event"])]
+        return [record for line in lines if (record := json.loads(line))["event"] == event]
 
     def steps(self, name: str = "") -> list[int]:
         return [record["step"] for record in self.records("train", name)]
@@ -120,14 +117,14 @@ class Small:
         assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
-def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    """From now on a training gets a signal after that step."""
+def signal_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """From now on a training is told to end after that step."""
     stepped = Logger.stepped
 
     def and_signal(self: Logger, done: int, *rest: Any) -> None:
         stepped(self, done, *rest)
         if done == step:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Logger, "stepped", and_signal)
 

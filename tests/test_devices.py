@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -38,8 +39,7 @@ def test_a_step_stays_on_its_device(method: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no "meta"
     student, teacher = (create_model(name).to(DEVICE) for name in ("segformer_b0", "segformer_b1"))
     options = LossOptions(logits_weight=1.0)
-    distiller = METHODS[method].build(student, teacher.channels, CITYSCAPES.weights, options)
-    distiller.to(DEVICE)
+    distiller = METHODS[method].build(student, teacher.channels, None, options).to(DEVICE)
     images = torch.rand(2, 3, 64, 64, device=DEVICE)
     labels = torch.zeros(2, 16, 16, dtype=torch.uint8, device=DEVICE)
     with OneDevice():
@@ -52,29 +52,21 @@ def test_a_training_asks_the_device_for_nothing(
 ) -> None:
     """Bytes are sent, and no number comes back before losses are logged: where there are none, as
     here, that would be an error."""
-    made_floats_of: list[Tensor] = []
-
-    def note(images: Tensor) -> Tensor:
-        made_floats_of.append(images)
-        return to_float(images)
-
-    def end(*_: Any) -> None:
-        raise InterruptedError("the steps are done")
-
     more = {"accumulate": 2, "batch_size": 4, "max_steps": 2, "clip_grad": 1.0}
     run = start(runs.options_of(TransKDBase, scenes, tmp_path, **more))
     run.device = DEVICE
     student, teacher = (create_model(name) for name in ("segformer_b0", "segformer_b1"))
     distiller = METHODS["transkd_base"].build(student, teacher.channels, CITYSCAPES.weights)
+    sent, weights = Mock(side_effect=to_float), Mock(side_effect=[torch.ones(20)])
+    monkeypatch.setattr(engine, "to_float", sent)
+    monkeypatch.setattr(Tensor, "cpu", weights)  # the class weights, which are fetched once
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(engine, "to_float", note)
     monkeypatch.setattr(engine, "new_optimizer", lambda d, _: torch.optim.SGD(d.parameters()))
-    weights = iter([torch.ones(20)])  # the class weights, which are fetched once
-    monkeypatch.setattr(Tensor, "cpu", lambda _: next(weights))
     monkeypatch.setattr(engine, "begin", lambda *_: State())
-    monkeypatch.setattr(engine, "require_finite", end)
+    monkeypatch.setattr(engine, "require_finite", Mock(side_effect=InterruptedError))
     monkeypatch.setattr(Logger, "log_losses", lambda *_: None)
     monkeypatch.setattr(teacher.head, "forward", None)  # which isn't needed
     with runs.as_a_process(), pytest.raises(InterruptedError):
         engine.train(distiller, run, teacher)
-    assert [(x.device, x.dtype) for x in made_floats_of] == [(DEVICE, torch.uint8)] * 4
+    images = [call.args[0] for call in sent.call_args_list]
+    assert [(x.device, x.dtype) for x in images] == [(DEVICE, torch.uint8)] * 4
