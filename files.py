@@ -54,6 +54,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes left of `atomic_write` here; nobody else may be writing."""
+    for path in folder.glob(".[0-9]*-????????.*"):
+        path.unlink(missing_ok=True)
+
+
 def acquire(lock: Any, *, wait: bool = False) -> bool:
     """Acquire a FileLock; False if another process has it, and we don't wait.
 

@@ -66,6 +66,7 @@ def test_twenty_kills_change_nothing(small: Small) -> None:
             assert process.exitcode == 0
             shutil.rmtree(folder)
     small.train(student, "killed", resume="auto", **more)
+    assert not [*folder.glob(".*")]  # of saves that were killed
     for name in ("student.safetensors", "student_best.safetensors"):
         small.require_equal(f"whole/{name}", f"killed/{name}")
     assert small.losses("whole") == small.losses("killed") and len(small.losses("killed")) == 7

@@ -12,7 +12,7 @@ from filelock import FileLock
 from datasets import Classes, SceneDataset, open_split, use_cache
 from datasets.loading import Batches, training_batches
 from errors import UserError
-from files import acquire, make_folder
+from files import acquire, make_folder, remove_temporaries
 from train import distributed
 from train.logger import find_dashboards
 from train.options import Options
@@ -139,6 +139,7 @@ def claim_folder(options: Options) -> FileLock:
     lock = FileLock(folder / "lock")
     if not acquire(lock):
         raise UserError(f"another run writes into {folder}; choose another folder")
+    remove_temporaries(folder)
     # A folder without a checkpoint holds nothing to lose: a run that ended before it saved.
     begun = any((folder / name).exists() for name in CHECKPOINTS)
     if options.run.resume == "auto":
