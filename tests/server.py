@@ -10,8 +10,6 @@ from urllib.parse import urlsplit
 
 
 class Server(ThreadingHTTPServer):
-    """Serves files by path."""
-
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -40,12 +38,10 @@ class Handler(BaseHTTPRequestHandler):
         if content is None or self.server.refusal is not None:
             status, code = self.server.refusal or (404, "")
             self.send_response(status)
-            self.send_header("Content-Length", "0")
             self.send_header("X-Error-Code", code)
             self.end_headers()
             return path, b""
-        asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(asked[1]) if asked else 0
+        start = int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
         if self.command == "GET":
             self.server.asked.append((path, start))
         self.send_response(206 if start else 200)
@@ -64,10 +60,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield server
+        server.shutdown()

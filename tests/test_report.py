@@ -1,9 +1,10 @@
 """The report page: what it says, that it needs no other file, and what it does without files."""
 
 import base64
+import html
 import io
 import json
-from html.parser import HTMLParser
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,8 @@ from eval.report import Options, main, write_report
 from models import create_model, save_model
 
 
-class Page(HTMLParser):
-    """The text of a page, and its pictures' addresses by their captions."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.text = ""
-        self.pictures: dict[str | None, str] = {}
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "img":
-            self.pictures[dict(attrs)["alt"]] = dict(attrs)["src"] or ""
-
-    def handle_data(self, data: str) -> None:
-        self.text = " ".join([*self.text.split(), *data.split()])
+def text_of(page: str) -> str:
+    return " ".join(html.unescape(re.sub("<[^>]*>", " ", page)).split())
 
 
 def write_run(folder: Path, method: str, mious: list[float], **options: Any) -> Path:
@@ -61,25 +49,26 @@ def test_page(tmp_path: Path) -> None:
     shown |= {"pictures": [("night", Image.new("RGB", (5, 3), (9, 8, 7)))]}
     path = tmp_path / "new" / "page.html"
     write_report(path, evaluations={"teacher": scores}, plots=tmp_path / "plots", **shown)
-    html = path.read_text("utf-8")
-    page = Page(html)
+    page = path.read_text("utf-8")
+    text = text_of(page)
     headings = ["A < B One. Two. Results", "Pictures", "Training", "IoU per class", "mIoU by"]
     headings += ["Confusion matrices", "Options that differ", "Made with", "Not shown"]
-    places = [page.text.index(heading) for heading in headings]
+    places = [text.index(heading) for heading in headings]
     assert places == sorted(places)
-    assert "alone student – 40.00 35.00 6 3,719,284" in page.text
-    assert "with & more TransKDBase – 50.00 50.00 +15.00 2 3,719,284" in page.text
-    assert "teacher 60.00 labels’ own size" in page.text
-    assert "night 12.3" in page.text and "road 75 25 road ignore" in page.text
-    assert "option alone with & more seed 0 1 Made" in page.text  # a student has no embed
-    assert 10 * "a" in page.text and 11 * "a" not in page.text
-    assert "Evaluation of alone: none of its last weights" in page.text
+    assert "alone student – 40.00 35.00 6 3,719,284" in text
+    assert "with & more TransKDBase – 50.00 50.00 +15.00 2 3,719,284" in text
+    assert "teacher 60.00 labels’ own size" in text
+    assert "night 12.3" in text and "road 75 25 road ignore" in text
+    assert "option alone with & more seed 0 1 Made" in text  # a student has no embed
+    assert 10 * "a" in text and 11 * "a" not in text
+    assert "Evaluation of alone: none of its last weights" in text
 
-    charts = ["validation mIoU", "total loss", "<ce> loss", "validation loss"]
-    assert list(page.pictures) == ["night", *charts]
-    assert all(address.startswith("data:image/") for address in page.pictures.values())
-    assert "<link" not in html and "<script" not in html and "http" not in html
-    night = base64.b64decode(page.pictures["night"].partition("base64,")[2])
+    pictures = dict(re.findall(r'<img[^>]* alt="([^"]*)"\s+src="([^"]*)"', page))
+    charts = ["validation mIoU", "total loss", "&lt;ce&gt; loss", "validation loss"]
+    assert list(pictures) == ["night", *charts]
+    assert all(address.startswith("data:image/") for address in pictures.values())
+    assert "<link" not in page and "<script" not in page and "http" not in page
+    night = base64.b64decode(pictures["night"].partition("base64,")[2])
     assert Image.open(io.BytesIO(night)).getpixel((4, 2)) == (9, 8, 7)
     assert Image.open(tmp_path / "plots" / "validation_mIoU.png").width > 1000
 
@@ -97,7 +86,7 @@ def test_evaluated_runs(tmp_path: Path) -> None:
 
     def text(evaluate: bool = False) -> str:
         main(Options(runs, output=output, device="cpu", evaluate=evaluate))
-        return Page(output.read_text("utf-8")).text
+        return text_of(output.read_text("utf-8"))
 
     shown = text(evaluate=True)
     assert len(json.loads((runs[0] / "eval.json").read_text())["per_image"]) == 4
@@ -109,14 +98,5 @@ def test_evaluated_runs(tmp_path: Path) -> None:
     shown = text()
     assert "Evaluation of two: none of its last weights" in shown
     assert "Worst and best images: " in shown
-
-
-def test_mistakes(tmp_path: Path) -> None:
-    run, page = write_run(tmp_path / "run", "student", [0.2]), tmp_path / "page.html"
-    for options, says in (
-        (Options(()), "no run given"),
-        (Options((run,), run / "options.json"), "a file that ends in .html"),
-        (Options((run,), page, plots=run / "options.json"), "can't make the folder"),
-    ):
-        with pytest.raises(UserError, match=says):
-            main(options)
+    with pytest.raises(UserError, match=r"a file that ends in \.html"):
+        main(Options(runs, output=runs[0] / "options.json"))

@@ -1,20 +1,16 @@
 """The table runner: grids that are read, runs that are planned, stopped, continued and failed."""
 
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 import cli
 from errors import UserError
 from files import ROOT, read_json, write_json
 from tests import runs
-from tests.runs import Small
 from train import distill, jobs, student, table
 from train.cost import Cost
 from train.grid import read_grid
@@ -26,21 +22,16 @@ GRID = """
 seeds = [0, 1]
 [options]
 height = 64
-num-workers = 0
-steps-loss = 1
 tensorboard = false
-device = "cpu"
 max-steps = 400
 num-epochs = 100
-validate-every = 99
 [presets.slow]
 lr = 1e-5
 [evaluation]
 script = "eval/eval_cityscapes_iou.py"
-options = { num-workers = 0, device = "cpu" }
 [[rows]]
 name = "teacher"
-weights = "TEACHER"
+weights = "teacher.pth"
 [[rows]]
 name = "student"
 label = "student alone"
@@ -55,20 +46,15 @@ options = { method = "transkd_base", embed-weights = [0.1, 0.1, 0.5, 1] }
 teacher = "teacher"
 baseline = "student"
 """
+GIVEN = 'weights = "teacher.pth"'
 TRAINED = 'script = "train/teacher.py"\noptions = { from-scratch = true }'
 
 
 @pytest.fixture
 def grid(tmp_path: Path) -> Path:
     path = tmp_path / "grid.toml"
-    path.write_text(GRID.replace("TEACHER", str(runs.small_teacher())))
+    path.write_text(GRID)
     return path
-
-
-@pytest.fixture(autouse=True)
-def own_signals() -> Iterator[None]:
-    with runs.as_a_process():
-        yield
 
 
 def change(grid: Path, before: str, after: str) -> None:
@@ -87,9 +73,6 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "cost_of", lambda _: Cost(3_720_000, 13_670_000_000, 4e9, 2, {}))
 
 
-# --- grids
-
-
 @pytest.mark.parametrize("path", sorted(GRIDS.glob("*.toml")), ids=lambda path: path.stem)
 def test_grids_of_the_project(path: Path, uncounted: None) -> None:
     """Every row is one that its script takes; students alone have the published schedules."""
@@ -105,23 +88,16 @@ def test_grids_of_the_project(path: Path, uncounted: None) -> None:
     ("before", "after", "says"),
     [
         ("published", "publisched", "is no grid .*publisched"),
-        ("[[rows]]", "[[rows]", "is no grid"),
         ('teacher = "teacher"', 'teacher = "nobody"', "taught: its teacher nobody is no row above"),
-        ("train/student.py", "train/pupil.py", "row student: train/pupil.py can't be run"),
-        ("train/student.py", "train/engine.py", "row student: train/engine.py can't be run"),
         ("max-steps", "max-stepps", "row student: train/student.py can't be run"),
     ],
 )
 def test_mistakes(before: str, after: str, says: str, grid: Path, uncounted: None) -> None:
-    with pytest.raises(UserError, match="no row is called nobody"):
-        plan_of(grid, only=("nobody",))
-    with pytest.raises(UserError, match=r"no data to train on; .*--datadir"):
-        table.main(table.Options(grid=grid))
-    with pytest.raises(UserError, match=r"no grid at nowhere; .* one of ACDC, architectures"):
-        read_grid(Path("nowhere"))
     change(grid, before, after)
     with pytest.raises(UserError, match=says):
         plan_of(grid)
+    with pytest.raises(UserError, match="no grid at nowhere"):
+        read_grid(Path("nowhere"))
 
 
 def test_what_is_planned(grid: Path, uncounted: None) -> None:
@@ -131,14 +107,16 @@ def test_what_is_planned(grid: Path, uncounted: None) -> None:
     words = " ".join(last.commands[0])
     assert "--no-tensorboard" in words and "--embed-weights 0.1 0.1 0.5 1 " in words
     assert "--lr 1e-05" in words and "--seed 1" in words and words.endswith("--resume auto")
-    assert f"--teacher-weights {runs.small_teacher()}" in words
+    assert "--teacher-weights teacher.pth" in words
     names = [run.name for run in plan_of(grid, only=("taught",), seeds=(7,))]
     assert names == ["teacher", "taught-seed7"]
+    with pytest.raises(UserError, match="no row is called nobody"):
+        plan_of(grid, only=("nobody",))
 
     def teachers(**options: Any) -> list[Any]:
         return [run.teacher for run in plan_of(grid, **options) if run.teacher]
 
-    change(grid, f'weights = "{runs.small_teacher()}"', TRAINED)
+    change(grid, GIVEN, TRAINED)
     assert [taught.name for taught in teachers()] == ["teacher-seed0", "teacher-seed1"]
     change(grid, TRAINED, f"{TRAINED}\nseeds = [9]")
     assert [taught.name for taught in teachers()] == ["teacher-seed9"] * 2
@@ -161,85 +139,64 @@ def test_equal_compute(grid: Path) -> None:
     assert 0 <= steps[0] * costs[0] - steps[1] * costs[1] < costs[0]
 
 
-# --- running
-
-
 def job(folder: Path, name: str, code: str = "", teacher: Job | None = None) -> Job:
-    """Its training is a line of Python; its evaluation writes a figure."""
+    """Its training is a line of Python, run in its folder; its evaluation writes a figure."""
     where = folder / name
-    note = f"import os, sys, time; open({str(folder / 'order')!r}, 'a').write('{name} '); "
+    note = f"import os, signal, sys, time; os.chdir({str(where)!r}); "
+    note += f"open('../order', 'a').write('{name} '); "
     evaluate = f"open({str(where / 'eval.json')!r}, 'w').write('{{\"mean_iou\": 0.5}}')"
     commands = [["-c", note + code], ["-c", evaluate]]
     return Job(name=name, folder=where, weights=where / "w", commands=commands, teacher=teacher)
 
 
-def saving_job(folder: Path, name: str) -> Job:
-    """Its training says when it has begun, and saves when it is ended by a signal."""
-    save = "signal.signal(15, lambda *_: (open('saved', 'w'), sys.exit(143)))"
-    begin = f"import signal; os.chdir({str(folder / name)!r})"
-    return job(folder, name, f"{begin}; {save}; open('begun', 'w'); time.sleep(60)")
+SAVING = "signal.signal(15, lambda *_: (open('saved', 'w'), sys.exit(143))); "
 
 
+@runs.as_a_process()
 def test_one_failure_does_not_lose_the_others(tmp_path: Path) -> None:
-    """It is reported with its log, its students don't start, what is done is not done again."""
     bad = job(tmp_path, "bad", "sys.exit('out of luck')")
-    killed = job(tmp_path, "killed", "print('busy', flush=True); os.kill(os.getpid(), 9)")
-    several = [bad, job(tmp_path, "taught", teacher=bad), job(tmp_path, "good"), killed]
+    several = [bad, job(tmp_path, "taught", teacher=bad), job(tmp_path, "good")]
     calls: list[int] = []
     run_here(several, [{}], lambda: calls.append(1))
-    assert (tmp_path / "order").read_text() == "bad good killed " and len(calls) == 3
-    assert [each.error for each in several] == [
-        f"out of luck (exit code 1, {bad.folder / 'log.txt'})",
-        "its teacher bad failed",
-        "",
-        f"busy (exit code -9, {killed.folder / 'log.txt'})",
-    ]
+    assert (tmp_path / "order").read_text() == "bad good " and len(calls) == 2
+    said = f"out of luck (exit code 1, {bad.folder / 'log.txt'})"
+    assert [each.error for each in several] == [said, "its teacher bad failed", ""]
     run_here([job(tmp_path, "good")], [{}], lambda: calls.append(1))
-    assert len(calls) == 3
+    assert len(calls) == 2
 
 
+@runs.as_a_process()
 def test_teachers_first_and_a_device_for_each(tmp_path: Path) -> None:
-    """What another table is at work on is waited for, and not done again."""
-    slots = [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
-    gpus = tmp_path / "gpus"
-    note = f"open({str(gpus)!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.5)"
-    teacher = job(tmp_path, "teacher", note)
-    several = [teacher, job(tmp_path, "taught", teacher=teacher), job(tmp_path, "other", note)]
-    elsewhere = jobs.start(job(tmp_path, "elsewhere", "time.sleep(0.2)"), {})
-    assert elsewhere is not None
+    note = "open('../gpus', 'a').write(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.5)"
+    elsewhere, teacher = job(tmp_path, "elsewhere"), job(tmp_path, "teacher", note)
+    students = [job(tmp_path, "taught", teacher=teacher), job(tmp_path, "alone", note)]
+    elsewhere.folder.mkdir()
+    lock = FileLock(elsewhere.folder / "table.lock")
 
-    def wait() -> None:
-        while not elsewhere.ended():
-            time.sleep(0.05)
+    def ended() -> None:  # what another table is at work on, and is not done again
+        write_json({"mean_iou": 0.5}, elsewhere.folder / "eval.json")
+        lock.release()
 
-    threading.Thread(target=wait).start()
-    run_here([job(tmp_path, "elsewhere"), *several], slots, lambda: None)
+    with lock:
+        slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "35"]
+        run_here([elsewhere, teacher, *students], slots, ended)
     order = (tmp_path / "order").read_text().split()
-    assert sorted(order) == ["elsewhere", "other", "taught", "teacher"]
-    assert order.index("taught") > order.index("teacher")
-    assert sorted(gpus.read_text()) == ["3", "5"]
+    assert sorted(order[:2]) == ["alone", "teacher"] and order[2:] == ["taught"]
+    assert sorted((tmp_path / "gpus").read_text()) == ["3", "5"]
 
 
+@runs.as_a_process()
 def test_a_signal_is_passed_on(tmp_path: Path) -> None:
-    """The training saves and ends, and nothing else is started; the same jobs continue."""
-    several = [saving_job(tmp_path, "a"), job(tmp_path, "b")]
-
-    def stop() -> None:
-        while not (tmp_path / "a" / "begun").exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop).start()
+    stopping = SAVING + "os.kill(os.getppid(), 15); time.sleep(60)"
     with pytest.raises(SystemExit) as end:
-        run_here(several, [{}], lambda: None)
-    assert end.value.code == 128 + signal.SIGTERM
+        run_here([job(tmp_path, "a", stopping), job(tmp_path, "b")], [{}], lambda: None)
+    assert end.value.code == 128 + 15
     assert (tmp_path / "a" / "saved").exists() and (tmp_path / "order").read_text() == "a "
     run_here([job(tmp_path, "a"), job(tmp_path, "b")], [{}], lambda: None)
     assert (tmp_path / "order").read_text() == "a a b "
 
 
 def test_the_table(grid: Path, uncounted: None) -> None:
-    """A gain is over the same seed's baseline."""
     content = read_grid(grid)
     planned = table.plan_runs(content, Path("data"), grid.parent, table.Options(grid=grid))
     scores = {"student-seed0": 0.1, "student-seed1": 0.3, "taught-seed1": 0.35, "teacher": 0.5}
@@ -263,35 +220,9 @@ def test_the_table(grid: Path, uncounted: None) -> None:
     assert written is not None and written["rows"][2]["gains"] == [pytest.approx(5)]
 
 
-@pytest.mark.slow
-def test_a_whole_table(
-    grid: Path, uncounted: None, scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    """A training and its evaluation, which are not run again once they are done."""
-    run = Small(scenes, grid.parent / "runs" / "student-seed0")
-    flags = ["--grid", grid, "--datadir", scenes, "--output-dir", run.folder.parent]
-    flags += ["--only", "student", "--seeds", 0]
-    assert runs.call(monkeypatch, table, *flags, "--dry-run") == 0 and not run.folder.exists()
-    shown = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
-    assert shown == [["python", "train/student.py"], ["python", "eval/eval_cityscapes_iou.py"]]
-    change(grid, "max-steps = 400", "max-steps = 1")
-    assert runs.call(monkeypatch, table, *flags) == 0
-    assert run.steps() == [1]
-    score = f"| student alone | {100 * run.records('val')[0]['mean_iou']:.2f} | 1 of 1 |"
-    assert score in capsys.readouterr().out
-    monkeypatch.setattr(jobs, "start", lambda *_: pytest.fail("nothing is left to be run"))
-    assert runs.call(monkeypatch, table, *flags) == 0
-
-
-# --- Slurm
-
-
-def test_slurm(
-    grid: Path, uncounted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    """A job for each run; a student's waits for its teacher's."""
+def test_slurm(grid: Path, uncounted: None, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     pytest.importorskip("submitit")
-    change(grid, f'weights = "{runs.small_teacher()}"', f"{TRAINED}\nseeds = [9]")
+    change(grid, GIVEN, f"{TRAINED}\nseeds = [9]")
     flags = ["--grid", grid, "--datadir", "data", "--output-dir", tmp_path / "runs"]
     flags += ["--only", "taught", "--slurm", "partition=gpu,time=24:00:00"]
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -311,15 +242,14 @@ def test_slurm(
 
 
 def test_a_job_of_the_cluster(tmp_path: Path) -> None:
-    """It runs the commands; when it must stop, the training saves, and it is queued once more."""
     submitit = pytest.importorskip("submitit")
-    ClusterJob(job(tmp_path, "a"))()
-    assert (tmp_path / "a" / "eval.json").exists()
     with pytest.raises(RuntimeError, match="out of luck"):
-        ClusterJob(job(tmp_path, "b", "sys.exit('out of luck')"))()
-    stopped = ClusterJob(saving_job(tmp_path, "c"))
+        ClusterJob(job(tmp_path, "bad", "sys.exit('out of luck')"))()
+    stopped = ClusterJob(job(tmp_path, "a", SAVING + "open('begun', 'w'); time.sleep(60)"))
     stopped.running = jobs.start(stopped.job, {})
-    while not (tmp_path / "c" / "begun").exists():
+    while not (tmp_path / "a" / "begun").exists():
         time.sleep(0.05)
     assert isinstance(stopped.checkpoint(), submitit.helpers.DelayedSubmission)
-    assert (tmp_path / "c" / "saved").exists()
+    assert (tmp_path / "a" / "saved").exists() and not stopped.job.is_done
+    ClusterJob(job(tmp_path, "a"))()
+    assert stopped.job.is_done
