@@ -154,8 +154,9 @@ def begin(
     decided = require_same_run(run, distiller, teacher, plan)
     resume = run.options.run.resume
     state = restore(run, distiller, optimizer, scaler) if resume else State()
-    if distributed.is_main_process():
-        write_json(decided, run.options.run_dir / "options.json")
+    with distributed.fail_in_all_processes():
+        if distributed.is_main_process():
+            write_json(decided, run.options.run_dir / "options.json")
     return state
 
 
