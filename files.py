@@ -63,7 +63,7 @@ def remove_temporaries(folder: Path) -> None:
 def acquire(lock: Any, *, wait: bool = False) -> bool:
     """Acquire a FileLock; False if another process has it, and we don't wait.
 
-    A file system without locks lets every process have it.
+    A file system without locks lets every process have it. Raises PermissionError.
     """
     from filelock import Timeout  # not everybody who imports this module needs it
 
@@ -71,6 +71,8 @@ def acquire(lock: Any, *, wait: bool = False) -> bool:
         lock.acquire(blocking=wait)
     except Timeout:
         return False
+    except PermissionError:
+        raise
     except (NotImplementedError, OSError):
         pass
     return True

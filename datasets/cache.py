@@ -106,9 +106,10 @@ def open_cache(directory: Path, identity: str, version: str, scenes: SceneDatase
     aside = directory / f"{identity}-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if not acquire(lock):
-            log.warning("waiting for another process that builds the cache %s", lock.lock_file)
-            acquire(lock, wait=True)
+        with suppress(PermissionError):  # another user's, in a folder that all may write
+            if not acquire(lock):
+                log.warning("waiting for another process that builds the cache %s", lock.lock_file)
+                acquire(lock, wait=True)
         with suppress(*NO_CACHE):  # the process that we waited for has built it
             return Cache(folder)
         for old in directory.glob(f"{identity}-*"):

@@ -10,6 +10,7 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -153,7 +154,8 @@ def write_report(
         images = worst_and_best(evaluated, device)
     except UserError as error:  # data or weights are gone
         notes.append(f"Worst and best images: {error}.")
-    colors = {name: COLORS[i % 8] for i, name in enumerate(dict.fromkeys([*runs, *evaluated]))}
+    names = dict.fromkeys([*runs, *evaluated])
+    colors = dict(zip(names, cycle(COLORS), strict=False))
     curves = draw_curves(loaded, colors)
     template = jinja2.Template(TEMPLATE.read_text("utf-8"), autoescape=True, trim_blocks=True)
     shown = {"runs": loaded, "evaluated": evaluated, "colors": colors, "curves": curves}

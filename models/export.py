@@ -17,7 +17,6 @@ onnx and hf need `pip install -r requirements/export.txt`. Every format carries 
 training.
 """
 
-import io
 import json
 import logging
 import warnings
@@ -42,7 +41,7 @@ from models import hub
 from models.base import SegmentationModel
 from models.checkpoints import Checkpoint, read_checkpoint
 from models.layouts.huggingface import architecture, to_huggingface
-from models.loading import info_of, load_model, save_model
+from models.loading import info_of, load_model, pickled, save_model
 from models.model_card import model_card
 from models.onnx_file import OnnxModel, quantise
 from models.segformer import SegFormer
@@ -168,9 +167,7 @@ def write_torch(network: ImagesToLogits, checkpoint: Checkpoint, path: Path) -> 
     state: Any = OrderedDict(network.model.state_dict())
     metadata = info_of(network.model, **checkpoint.info.facts).metadata()
     state._metadata = {"": {"version": 1, "transkd": metadata}}
-    buffer = io.BytesIO()  # to a full disk torch.save ends in a RuntimeError
-    torch.save(state, buffer)
-    path.write_bytes(buffer.getvalue())
+    path.write_bytes(pickled(state))
     return ImagesToLogits(load_model(path))
 
 

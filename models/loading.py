@@ -1,5 +1,6 @@
 """From a checkpoint to a network: recognise it, load it in full or refuse it, write it again."""
 
+import io
 import logging
 import re
 from dataclasses import replace
@@ -155,6 +156,13 @@ def plain(name: str) -> str:
 def info_of(model: SegmentationModel, **facts: Any) -> CheckpointInfo:
     """What goes with a model's weights wherever they are written."""
     return CheckpointInfo(model.name, model.normalisation, model.class_names, facts)
+
+
+def pickled(content: Any) -> memoryview:
+    """What torch.save writes. By itself it ends in a RuntimeError where the disk is full."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
 
 
 def save_model(model: SegmentationModel, path: Path, **facts: Any) -> None:

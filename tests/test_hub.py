@@ -84,9 +84,10 @@ def test_offline_the_cache_serves(hub: Server, monkeypatch: pytest.MonkeyPatch) 
         load_model("someone/else")
 
 
-def test_what_may_not_be_read_is_refused(hub: Server) -> None:
-    hub.refusal = (403, "GatedRepo")
-    says = rf"{NAME} is no file here, .* gives none \(.*403.*`hf auth login`"
+@pytest.mark.parametrize("refusal", [(401, ""), (403, "GatedRepo")], ids=["private", "gated"])
+def test_what_may_not_be_read_is_refused(refusal: tuple[int, str], hub: Server) -> None:
+    hub.refusal = refusal
+    says = rf"{NAME} is no file here, .* gives none \(.*{refusal[0]}.*`hf auth login`"
     with pytest.raises(UserError, match=says) as error:
         load_model(NAME)
     assert "\n" not in str(error.value)

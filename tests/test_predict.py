@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from datasets.classes import CITYSCAPES
+from demo import app
 from errors import UserError
 from eval.predict import Options, main
 from eval.predictor import Predictor
@@ -139,6 +140,18 @@ def test_folders_as_they_are(weights, photographs, tmp_path, monkeypatch) -> Non
             main(Options((inputs,), weights, Path("~/a folder/out"), kinds=(kind,)))
             made = names(folder / "out" / kind)
             assert made == {"linked/b.png", "linked/c.png", "straße.png"}
+
+
+def test_what_the_page_shows(weights, photographs) -> None:
+    """Each network's blend with its milliseconds, and the legend of what they found."""
+    photo = np.asarray(ImageOps.exif_transpose(Image.open(photographs / "sub/b.JPG")))
+    predictors = {name: Predictor(weights) for name in ("one", "two")}
+    assert app.predictions(predictors, None, 0.5) == [[], None]
+    gallery, legend = app.predictions(predictors, photo, 0.0)
+    assert all(equal(picture, photo) for picture, _ in gallery) and legend.width == 900
+    assert [caption.split(":")[0] for _, caption in gallery] == ["one", "two"]
+    (picture, caption), _ = app.predictions(predictors, photo, 1.0)[0]
+    assert equal(picture, predictors["one"](photo)[1]) and caption.endswith(" ms")
 
 
 def test_a_damaged_file_costs_itself_alone(weights, photographs, tmp_path, caplog) -> None:

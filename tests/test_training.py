@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from tests.conftest import ROOT, write_dataset
 from tests.golden_data import load
 from tests.runs import Small
 from train import TransKD_EA, TransKD_GLMixer, TransKDBase, student, teacher
+from train.flags import DistillationOptions
+from train.networks import teacher_path
 from train.optimisation import Plan
 from train.setup import start
 
@@ -122,6 +125,21 @@ def test_mistakes(
     monkeypatch.setitem(sys.modules, "visdom", None)
     monkeypatch.setattr("datasets.cache.default_cache_dir", lambda: small.folder / "cache")
     small.refused(says, script, **more)
+
+
+def test_where_a_teacher_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What teacher.py wrote goes before the published file."""
+    monkeypatch.setattr("train.networks.OUTPUTS", tmp_path)
+    own = tmp_path / "teacher_ACDC" / "teacher_best.safetensors"
+    own.parent.mkdir()
+    for path in (tmp_path / "segformerb2_teacher_acdc.pth", own):
+        path.touch()
+        assert teacher_path(DistillationOptions(), "ACDC") == path
+
+
+def test_a_folder_of_another_user(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("filelock.FileLock.acquire", Mock(side_effect=PermissionError))
+    small.refused("can't write to .*; choose another --output-dir", student)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "whole"])

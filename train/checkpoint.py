@@ -7,7 +7,6 @@ previous.pt, in case the last turns out to be damaged.
 """
 
 import hashlib
-import io
 import logging
 import os
 import platform
@@ -29,7 +28,7 @@ from files import ROOT, atomic_write, read_json, write_json
 from models import SegmentationModel, save_model
 from models.checkpoints import read_info
 from models.distillation import Distiller
-from models.loading import info_of
+from models.loading import info_of, pickled
 from train import distributed
 from train.optimisation import Plan
 from train.setup import CHECKPOINTS, Run
@@ -79,10 +78,8 @@ def save(
     }
     path = run.options.run_dir / ("best.pt" if best else "last.pt")
     with atomic_write(path) as temporary:
-        buffer = io.BytesIO()  # to a full disk torch.save ends in a RuntimeError
-        torch.save(content, buffer)
         with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(pickled(content))
             file.flush()
             os.fsync(file.fileno())
         # A hard link keeps the checkpoint that is about to be replaced, without copying it.

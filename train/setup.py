@@ -137,8 +137,11 @@ def claim_folder(options: Options) -> FileLock:
     folder = options.run_dir
     make_folder(folder)
     lock = FileLock(folder / "lock")
-    if not acquire(lock):
-        raise UserError(f"another run writes into {folder}; choose another folder")
+    try:
+        if not acquire(lock):
+            raise UserError(f"another run writes into {folder}; choose another folder")
+    except PermissionError as error:
+        raise UserError(f"can't write to {folder}; choose another --output-dir") from error
     remove_temporaries(folder)
     # A folder without a checkpoint holds nothing to lose: a run that ended before it saved.
     begun = any((folder / name).exists() for name in CHECKPOINTS)
