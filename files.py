@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Folders, locks, JSON, and files that are written whole or not at all."""
 
 import json
 import os

@@ -70,7 +70,7 @@ class Setup:
     device: str = "cuda"
     sizes: Sizes = FULL
     batches: tuple[int, ...] = (8, 2, 16)
-    kinds: tuple[str, ...] = ("fp32", "TF32")  # how the original multiplies
+    matmuls: tuple[str, ...] = ("fp32", "TF32")  # the precision of the original's products
     modes: tuple[str | None, ...] = ("default", "reduce-overhead")  # the second is CUDA graphs
     warmup: int = 4
     repeats: int = 20
@@ -82,15 +82,17 @@ class Setup:
         return self.device == "cpu"
 
 
-SMALL = Setup("cpu", QUICK, (2,), ("fp32",), (None,), 1, 1, workers=0, passes=1)
+SMALL = Setup(
+    "cpu", QUICK, (2,), matmuls=("fp32",), modes=(None,), warmup=1, repeats=1, workers=0, passes=1
+)
 
 
-def new_step(method: str, original: bool, setup: Setup, mode: str | None, kind: str) -> Step:
+def new_step(method: str, original: bool, setup: Setup, mode: str | None, matmul: str) -> Step:
     """A training step with torch set up as training does; ours in bf16 where that is fast."""
     torch.compiler.reset()
     if not setup.on_cpu:
         torch.cuda.empty_cache()
-    torch.set_float32_matmul_precision("highest" if kind == "fp32" else "high")
+    torch.set_float32_matmul_precision("highest" if matmul == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = True  # torch's default
     torch.backends.cudnn.benchmark = True
     precision = None if original or setup.on_cpu else torch.bfloat16
@@ -113,10 +115,10 @@ def training_steps(method: str, setup: Setup) -> Iterator[Row]:
     """The rows of one method at one batch size."""
     batch, height = setup.sizes.batch, setup.sizes.height
     times, peaks = {}, {}
-    for kind in setup.kinds:
-        step = new_step(method, True, setup, None, kind)
-        times[kind] = seconds(step, setup.device, setup.warmup, setup.repeats)
-        peaks[kind] = peak_memory(step, setup.device)
+    for matmul in setup.matmuls:
+        step = new_step(method, True, setup, None, matmul)
+        times[matmul] = seconds(step, setup.device, setup.warmup, setup.repeats)
+        peaks[matmul] = peak_memory(step, setup.device)
         del step  # and its memory, before the next one is made
     for mode in setup.modes:
         step = new_step(method, False, setup, mode, "TF32")
@@ -126,9 +128,9 @@ def training_steps(method: str, setup: Setup) -> Iterator[Row]:
         note = f"{batch / median(ours):.1f} images/s"
         if not setup.on_cpu:
             note += f"; {share_of_peak(step, median(ours)):.0%} of a large product's bf16 rate"
-        for kind in setup.kinds:
-            target = None if kind == "TF32" else 4 if batch == 2 else 6
-            yield Row(name, f"{ORIGINAL}, {kind}", "time", ours, times[kind], target, note)
+        for matmul in setup.matmuls:
+            target = None if matmul == "TF32" else 4 if batch == 2 else 6
+            yield Row(name, f"{ORIGINAL}, {matmul}", "time", ours, times[matmul], target, note)
         if peak:
             yield Row(name, f"{ORIGINAL}, fp32", "memory", peak, peaks["fp32"], 0.35)
         if method == "TransKDBase":

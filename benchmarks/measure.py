@@ -96,7 +96,7 @@ def in_turn(ours: Action, theirs: Action, repeats: int) -> tuple[list[float], li
 
 
 def seconds(action: Action, device: str, warmup: int, repeats: int) -> list[float]:
-    """Of every call; on a GPU from its end to the next one's end, as the device sees it."""
+    """Seconds of every call; a GPU measures itself, from the end of a call to that of the next."""
     for _ in range(warmup):
         action()
     if device == "cpu":

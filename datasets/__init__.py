@@ -15,7 +15,7 @@ from datasets.layouts import DATASETS, LAYOUTS
 from datasets.loading import evaluation_batches, training_batches
 from datasets.samples import restrict, unpaired
 from datasets.scenes import SceneDataset
-from datasets.transforms import Augmentation, to_float
+from datasets.transforms import Augmentation, require_height, to_float
 from errors import UserError
 
 __all__ = [
@@ -54,10 +54,9 @@ def open_split(
         full_labels: labels have the resized image's size instead of a quarter of it.
         require_labels: without it images may lack labels, which are then all ignore.
 
-    Raises UserError if files are missing or unpaired, or a name or the height can't be.
+    Raises UserError if the height is too small, or files are missing or unpaired.
     """
-    if height < 32:
-        raise UserError(f"height {height} is too small; it must be at least 32")
+    require_height(height)
     layout = LAYOUTS[dataset]
     samples, orphans = layout.find(Path(datadir).expanduser(), subset)
     if list_file is not None:

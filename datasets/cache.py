@@ -30,7 +30,7 @@ from files import acquire
 from progress import track
 
 log = logging.getLogger(__name__)
-warn_once = functools.cache(log.warning)
+warn_once = functools.cache(log.warning)  # training and validation split both ask
 
 NO_CACHE = (OSError, ValueError, EOFError)  # a power failure can leave empty files
 

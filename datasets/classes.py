@@ -1,7 +1,7 @@
 """The classes of a data set: names, colours, weights and the values that its label files hold.
 
-Nothing outside this file knows how many classes there are: a network has `num_outputs` outputs,
-the last of which stands for "ignore", as in the published code.
+How many classes a data set has stands here alone. A network has `num_outputs` outputs, the last of
+which stands for "ignore", as in the published code.
 """
 
 import re

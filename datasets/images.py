@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 # What Pillow raises for a damaged image.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# Not ImageOps.exif_transpose: it writes EXIF anew, and fails where another tag is malformed.
 TURNS = {  # EXIF's orientation -> how the pixels are brought upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

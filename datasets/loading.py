@@ -129,10 +129,9 @@ class Batches:
         )
         # torch sets a handler that raises in the midst of whatever the main process does when a
         # worker dies. Without it, fetching the next batch raises.
-        handled = hasattr(signal, "SIGCHLD")  # Windows has none
-        handler = signal.getsignal(signal.SIGCHLD) if handled else None
+        handler = signal.getsignal(signal.SIGCHLD)
         iterator = iter(loader)
-        if handled and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)
         return iterator
 

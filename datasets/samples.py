@@ -62,9 +62,9 @@ def images_below(folder: Path) -> list[Path]:
 def restrict(samples: Sequence[Sample], list_file: Path) -> list[Sample]:
     """The samples that a list names, in their own order.
 
-    One image a line: its path, or the end of it, with or without .png; where no image is called
-    like the whole line, an image and its label. Raises UserError if the list can't be read, or a
-    line fits no image, or several.
+    A line names one image by its path or the end of it, with or without the suffix. The image's
+    label may follow, as in lists of pairs; it is not used. Raises UserError if the list can't be
+    read, or a line fits no image, or several.
     """
     try:
         text = list_file.read_text(encoding="utf-8-sig")
@@ -107,6 +107,6 @@ def restrict(samples: Sequence[Sample], list_file: Path) -> list[Sample]:
 
 
 def endings_of(path: str) -> list[str]:
-    """a/b/c.png, b/c.png, c.png"""
+    """The path and the ends of it: a/b/c.png, b/c.png, c.png."""
     parts = path.split("/")
     return ["/".join(parts[start:]) for start in range(len(parts))]

@@ -58,6 +58,7 @@ class SceneDataset(Dataset[Item]):
     def __getitem__(self, key: int | tuple[int, int]) -> Item:
         epoch, index = key if isinstance(key, tuple) else (None, key)
         pixels, ids = self.read(index) if self.cache is None else self.cache[index]
+        # Copies: the cache's arrays are read-only views of its file.
         image, label = torch.from_numpy(pixels.copy()), torch.from_numpy(ids.copy())
         if self.augment and epoch is not None:
             draw = self.augment.draw(epoch, index)
@@ -97,7 +98,10 @@ class SceneDataset(Dataset[Item]):
 
     def plain(self) -> "SceneDataset":
         """The same samples as evaluation sees them."""
-        return SceneDataset(self.samples, self.classes, height=self.height)
+        scenes = SceneDataset(self.samples, self.classes, height=self.height)
+        if not self.full_labels:  # else the cache's labels have another size
+            scenes.cache = self.cache
+        return scenes
 
     def count_class_weights(self) -> tuple[float, ...]:
         """1 / ln(1.1 + frequency of the class), the published rule, of this split; 0 for ignore."""

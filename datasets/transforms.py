@@ -13,6 +13,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from errors import UserError
+
+SMALLEST = 32
+"""Pixels of the smallest side that a network takes: stage 1 then has the 8 rows that its attention
+reduces to one."""
+
+
+def require_height(height: int) -> None:
+    """Raise UserError for images that no network takes."""
+    if height < SMALLEST:
+        raise UserError(f"height {height} is too small; it must be at least {SMALLEST}")
+
 
 def label_size(size: tuple[int, int], *, full: bool = False) -> tuple[int, int]:
     """(H, W) of an image's label: a quarter, rounded up as the logits are (stride 4), or all."""
@@ -50,7 +62,7 @@ def shift(x: Tensor, tx: int, ty: int, fill: int) -> Tensor:
     height, width = x.shape[-2:]
     tx = max(-width, min(tx, width))  # no more can be cut off
     ty = max(-height, min(ty, height))
-    return F.pad(x, (tx, -tx, ty, -ty), value=fill)
+    return F.pad(x, (tx, -tx, ty, -ty), value=fill)  # negative padding cuts off
 
 
 def place_window(length: int, scale: float, size: int, place: float) -> tuple[slice, float, float]:

@@ -23,7 +23,7 @@ from datasets import open_split
 from demo.scenes import WEATHERS, write_dataset
 from errors import UserError
 from eval.commands import ColorOptions, IoUOptions, paint, score
-from eval.rendering import colorize, legend, side_by_side
+from eval.rendering import colorize, side_by_side
 from eval.report import write_report
 from files import OUTPUTS, ROOT, read_json
 
@@ -148,13 +148,12 @@ def train(options: Options, script: str, run: Path, epochs: int, flags: list[Any
 def evaluate(weights: Path, data: Path, weathers: Path) -> dict[str, Any]:
     """Render the validation scenes and score them, and those in weathers that no training saw."""
     run = weights.parent
-    file, weather_file = run / "eval.json", run / "weathers.json"
+    file = run / "eval.json"
     score("cityscapes", IoUOptions(data, weights=weights, num_workers=0, json=file))
-    score("ACDC", IoUOptions(weathers, weights=weights, num_workers=0, json=weather_file))
+    by_weather = score("ACDC", IoUOptions(weathers, weights=weights, num_workers=0)).as_json()
     paint("cityscapes", ColorOptions(data, weights=weights, size="full", output_dir=run / "color"))
-    scores, by_weather = read_json(file) or {}, read_json(weather_file) or {}
     everything = {"all four": {"mean_iou": by_weather["mean_iou"]}}
-    return scores | {"conditions": everything | by_weather["conditions"]}
+    return (read_json(file) or {}) | {"conditions": everything | by_weather["conditions"]}
 
 
 def comparisons(data: Path, runs: dict[str, Path]) -> list[tuple[str, Image.Image]]:
@@ -168,7 +167,7 @@ def comparisons(data: Path, runs: dict[str, Path]) -> list[tuple[str, Image.Imag
         panels = [("image", photograph), ("truth", truth)]
         panels += [(run, Image.open(folder / "color" / name)) for run, folder in runs.items()]
         rows.append((Path(name).stem, side_by_side(panels, height=3 * photograph.height // 2)))
-    return [*rows, ("Colours of the classes", legend(dataset.classes, width=960))]
+    return rows
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Options:
     """Photographs are resized so that their shorter side has this many pixels. Default: what each
     network was trained with, or 512."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
+    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one. ONNX files run on the CPU."""
     host: str = "127.0.0.1"
     """The address to listen on."""
     port: int = 7860

@@ -63,7 +63,7 @@ def draw_scene(
 
 
 def scenes(options: Options) -> Iterator[Any]:
-    """Of each scene of the data set the files of image and labels, the weather and a seed."""
+    """Yield, for each scene, the files of its image and label, its weather, and its seed."""
     acdc = options.dataset == "ACDC"
     photo, truth = ("rgb_anon", "gt") if acdc else ("leftImg8bit", "gtFine")
     kind = "labelIds" if options.label_ids else "labelTrainIds"

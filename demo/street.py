@@ -144,6 +144,7 @@ def paint_street(canvas: Canvas) -> None:
         z = random.uniform(-8, 0) if layer == 0 else random.uniform(5, 14)
         while z < end:
             draw, length = random.choice(kinds)
+            # The crossing stays free.
             if not crossing - 3 - length < z < crossing + 11:
                 things.append((layer, -z, random.uniform(*x), draw))
             z += length + random.uniform(*gap)
@@ -171,6 +172,7 @@ def paint_street(canvas: Canvas) -> None:
         row(0, (front, front), (0, 8 - 8 * urban), 130, (partial(house, urban=urban), 10))
         row(0, (front, front + 9 * side), (2, 20 + 40 * urban), 130, tree)
         row(1, (walk, walk), (0, 3 + 20 * urban), 90, (barrier, 8), (plant, 1))
+        # Few trees where there is no green strip; posts three times as often as either cycle.
         row(2, (kerb + 0.7 * side, verge), (4, 99 if verge == kerb else 12), 80, tree)
         row(2, (kerb + 0.3 * side, kerb + 0.8 * side), (0, 15), 80, *3 * [(post, 0)], *cycles)
         row(2, (verge, walk), (0, 16), 60, (person, 0.5))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from datasets import SceneDataset, open_split
 from errors import UserError
-from eval.inference import ONE_VIEW, Evaluation, Views, evaluate
+from eval.inference import ONE_VIEW, Evaluation, Protocol, Views, evaluate
 from eval.metrics import percent
 from eval.predictor import Predictor, write_pictures
 from files import OUTPUTS, make_folder, write_json
@@ -42,7 +42,7 @@ class Options:
     num_workers: int = 2
     """Processes that read images to score. Images to render are read by threads."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
+    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one. ONNX files run on the CPU."""
     json: Path | None = None
     """Also write the result to this file, which ends in .json."""
 
@@ -55,7 +55,7 @@ class Options:
 class IoUOptions(Options):
     """Flags of the scripts that score."""
 
-    protocol: Literal["paper", "full"] = "paper"
+    protocol: Protocol = "paper"
     """paper: score quarter-size maps, as published. full: upsample the logits to the label's own
     size and score there, as cityscapesScripts does."""
     test_time: Views = ONE_VIEW
@@ -196,7 +196,7 @@ def output_paths(data: SceneDataset, folder: Path, flat: bool) -> list[Path]:
         if counts[path] > 1 or place.parent in images or not place.is_relative_to(root):
             raise UserError(
                 f"{path} leaves {folder}, lies among the images, or is the picture of two; "
-                "choose another folder"
+                "choose another folder, or leave --flat out"
             )
     return paths
 

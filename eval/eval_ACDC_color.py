@@ -1,7 +1,7 @@
 """Segmentations of ACDC images as pictures, under the data set's own paths.
 
-    python eval/eval_ACDC_color.py --datadir data/acdc --weights student.safetensors
-    python eval/eval_ACDC_color.py --datadir data/acdc --subset test --train-ids --flat
+    python eval/eval_ACDC_color.py --datadir data/ACDC --weights student.safetensors
+    python eval/eval_ACDC_color.py --datadir data/ACDC --subset test --train-ids --flat
 
 The last one writes what the benchmark server takes: train ids, all in one folder.
 """

@@ -1,6 +1,6 @@
 """IoU per class and mean of a model on ACDC: all conditions, then fog, night, rain and snow.
 
-    python eval/eval_ACDC_iou.py --datadir data/acdc --weights student.safetensors
+    python eval/eval_ACDC_iou.py --datadir data/ACDC --weights student.safetensors
 
 The overall figure counts the pixels of all conditions together; it is not the mean of the four.
 """

@@ -20,7 +20,6 @@ from progress import track
 
 Protocol = Literal["paper", "full"]
 Network = Callable[[Tensor], Tensor]  # uint8 images (B, 3, H, W) -> logits (B, C, h, w)
-Size = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,9 @@ class Views:
     """For --protocol full: the views of an image whose class probabilities are averaged."""
 
     scales: tuple[float, ...] = (1.0,)
-    """Of the image's height."""
+    """Sizes at which the image is seen, as multiples of --height."""
     flip: bool = False
-    """The mirrored image too."""
+    """See the mirrored image as well."""
     window: tuple[int, int] | None = None
     """HEIGHT WIDTH of a sliding window, instead of the whole image. Where windows overlap, their
     logits are averaged."""
@@ -50,7 +49,12 @@ class Views:
         return self.scales == (1.0,) and not self.flip and self.window is None
 
     def probabilities(
-        self, network: Network, photograph: Image.Image, height: int, size: Size, classes: int
+        self,
+        network: Network,
+        photograph: Image.Image,
+        height: int,
+        size: tuple[int, ...],
+        classes: int,
     ) -> Tensor:
         """Probabilities (classes, *size) of the first outputs, averaged over all views.
 
@@ -66,7 +70,7 @@ class Views:
         return torch.stack(per_view).mean(0)[0]
 
     def logits(self, network: Network, image: Tensor) -> Tensor:
-        """Of the whole image at the network's own size, or by windows at the image's size."""
+        """Logits of the whole image at the network's own size, or by windows at the image's."""
         if self.window is None:
             return network(image)
         height, width = image.shape[-2:]

@@ -127,7 +127,7 @@ def find_targets(options: Options) -> dict[Path, dict[str, Path]]:
         if not matched:
             kinds = ", ".join(PHOTOGRAPHS + VIDEOS)
             raise UserError(f"no photograph or video at {given!r} (their names end in {kinds})")
-        targets = matched | targets
+        targets |= {file: paths for file, paths in matched.items() if file not in targets}
     counts = Counter(path for paths in targets.values() for path in paths.values())
     path, count = counts.most_common(1)[0]
     if count > 1:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import cli
 from datasets import LAYOUTS
 from datasets.images import read_photograph
-from datasets.transforms import resize_image, to_float
+from datasets.transforms import require_height, resize_image, to_float
 from errors import UserError
 from eval.rendering import colorize, draw, save_png
 from models import load_model, read_checkpoint
@@ -48,7 +48,7 @@ class Predictor:
         full_size: upsample the logits to the photograph's size, before the argmax.
         ignore: whether "ignore" is an answer.
 
-    Raises UserError if the weights can't be read, or have other classes.
+    Raises UserError if the weights can't be read or have other classes, or the height is too small.
     """
 
     full_size = True
@@ -63,9 +63,11 @@ class Predictor:
         device: str = "auto",
     ) -> None:
         self.classes = LAYOUTS[dataset].classes
-        self.device = cli.find_device(device)
+        is_onnx = Path(weights).suffix == ".onnx"
+        # onnxruntime computes on the CPU here, and its outputs stay there.
+        self.device = cli.find_device("cpu" if is_onnx else device)
         network: Any
-        if Path(weights).suffix == ".onnx":
+        if is_onnx:
             network = OnnxModel(Path(weights)).eval()
             self.facts = network.facts
         else:
@@ -73,12 +75,13 @@ class Predictor:
             network = load_model(checkpoint).to(self.device)
             self.facts = checkpoint.info.facts
         order = self.classes.order(weights, network.num_classes, network.class_names)
-        if not isinstance(network, OnnxModel):
+        if not is_onnx:
             network.reorder(order)
         elif order != list(range(network.num_classes)):
             raise UserError(f"{weights} has its classes in another order; export it again")
         self.network: nn.Module = network
         self.height = height or self.facts.get("height", 512)
+        require_height(self.height)
 
     def __call__(self, photo: Photo) -> tuple[np.ndarray, Image.Image]:
         """A path, a picture or an array (H, W, 3) uint8 -> train ids (H, W) uint8, and colours."""
@@ -142,6 +145,7 @@ def at_size(prediction: Tensor, size: tuple[int, ...], classes: int) -> Tensor:
     """
     if prediction.dim() == 3:
         return upsample(prediction[None, :classes], size)[0]
+    # Classes, of an ONNX file with the argmax inside.
     resized = F.interpolate(prediction[None, None].float(), size, mode="nearest-exact")
     return resized[0, 0].to(prediction.dtype)
 

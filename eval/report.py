@@ -221,7 +221,7 @@ def worst_and_best(evaluated: Mapping[str, dict[str, Any]], device: str) -> list
         if None not in scores:
             means[index] = fmean(scores)
     ranked = sorted(means, key=lambda index: (means[index], index))
-    best = ranked[3:][::-1][:3]
+    best = ranked[3:][::-1][:3]  # the best one first, and none that is among the worst
     kinds = dict.fromkeys(ranked[:3], "Worst") | dict.fromkeys(best, "Best")
     images: list[dict[str, Any]] = []
     for index, kind in kinds.items():

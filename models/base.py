@@ -14,6 +14,7 @@ class Normalisation(NamedTuple):
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> the same shape."""
+        # By numbers: tensors of mean and deviation would have to be on the images' device.
         channels = [(images[:, c] - self.mean[c]) / self.std[c] for c in range(3)]
         return torch.stack(channels, dim=1)
 

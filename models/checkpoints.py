@@ -23,7 +23,14 @@ from torch import Tensor
 
 from errors import UserError
 from models import hub
-from models.layouts import CheckpointInfo, State, huggingface, mmsegmentation, normalisation, timm
+from models.layouts import (
+    CheckpointInfo,
+    StateDict,
+    huggingface,
+    mmsegmentation,
+    normalisation,
+    timm,
+)
 
 LAYOUTS = (huggingface, mmsegmentation, timm)
 # What the weights of a folder are called.
@@ -55,7 +62,7 @@ class Checkpoint:
     """The bare network of a file, under the published names, and what the file says about it."""
 
     source: str
-    state: State
+    state: StateDict
     info: CheckpointInfo
 
     @property
@@ -151,8 +158,9 @@ def metadata_in(content: object) -> dict[str, Any]:
     return metadata
 
 
-def state_in(content: Any, path: Path) -> State:
+def state_in(content: Any, path: Path) -> StateDict:
     """The state dict in a checkpoint, which may be nested. Raises UserError if there is none."""
+    # What is no dict becomes one with an entry that is refused below, by its type's name.
     entries = content if isinstance(content, Mapping) else {type(content).__name__: None}
     for key in CONTAINERS:
         if isinstance(entries.get(key), Mapping):
@@ -167,7 +175,7 @@ def state_in(content: Any, path: Path) -> State:
     return dict(entries)
 
 
-def bare_network(state: State) -> State:
+def bare_network(state: StateDict) -> StateDict:
     """Without wrappers and, of a distilled one, without the modules beside `student.`."""
     for wrapper in WRAPPERS * 2:  # a file may have been wrapped twice
         if all(key.startswith(wrapper) for key in state):

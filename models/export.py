@@ -95,8 +95,9 @@ def main(options: Options) -> None:
     output = options.output.expanduser()
     if ENDINGS[options.format] not in ("", output.suffix):
         raise UserError(f"--output {output} must end in {ENDINGS[options.format]}")
-    if (options.int8 and options.format != "onnx") or (options.push and options.format != "hf"):
-        raise UserError("--int8 is for --format onnx, --push for hf")
+    for_onnx = options.int8 or options.argmax
+    if (for_onnx and options.format != "onnx") or (options.push and options.format != "hf"):
+        raise UserError("--int8 and --argmax are for --format onnx, --push for hf")
     if options.format == "hf" and output.exists():
         raise UserError(f"{output} is there already; name a new folder, or remove it")
     photographs = sorted(images_below(options.int8.expanduser())) if options.int8 else []
@@ -106,7 +107,7 @@ def main(options: Options) -> None:
     model = load_model(checkpoint)
     if options.format == "hf" and not isinstance(model, SegFormer):
         raise UserError("transformers has no such network; choose onnx, safetensors or torch")
-    network = ImagesToLogits(model, options.argmax and options.format == "onnx")
+    network = ImagesToLogits(model, options.argmax)
     make_folder(output.parent)
     with atomic_write(output) as temporary:
         try:
@@ -127,7 +128,8 @@ def main(options: Options) -> None:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{output}: {model.name}, {millions:.2f} M parameters")
     of = "pixels" if network.argmax else "the largest logit"
-    print(f"largest difference from ours: {deviation:.1e} of {of}")
+    when = ", before it was rounded to 8 bits" if options.int8 else ""
+    print(f"largest difference from ours: {deviation:.1e} of {of}{when}")
     if options.push is not None:
         print(hub.upload(output, options.push))
 

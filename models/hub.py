@@ -11,13 +11,14 @@ from pathlib import Path
 from errors import UserError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+WEIGHTS = (".safetensors", ".pth", ".pt", ".th", ".bin", ".onnx")  # endings of local files
 FILES = ["*.json", "*.safetensors"]
 
 
 def is_hub_name(source: Path | str) -> bool:
     """Whether there is no such file or folder, and the name has the form of the hub's."""
     path = Path(source)
-    local = path.expanduser().exists() or path.suffix in (".pth", ".pt", ".onnx")
+    local = path.expanduser().exists() or path.suffix in WEIGHTS
     return not local and NAME.fullmatch(str(source)) is not None and not path.parent.is_dir()
 
 

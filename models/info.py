@@ -25,7 +25,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import cli
-from errors import UserError
+from datasets.transforms import require_height
 from models.distillation import Distiller, TransKD
 from models.distillation.methods import METHODS, PUBLISHED
 from models.factory import MODELS, create_model
@@ -119,7 +119,9 @@ class Options:
     """Models (segformer_b0 …); TransKDBase, TransKD_GL, TransKD_EA: a B0 student with its
     distillation modules; with --measure also .onnx files."""
     height: int = 512
+    """Of the images, in pixels."""
     width: int = 1024
+    """Of the images, in pixels."""
     measure: bool = False
     """Also run each on this machine: median latency, images a second, peak memory."""
     batch_size: int = 1
@@ -139,6 +141,8 @@ def measure(name: str, options: Options) -> list[str]:
     network = OnnxModel(Path(name)) if name.endswith(".onnx") else build(name).to(device)
     if options.compile:
         network.compile()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
         forward(network, images)  # compiles, and warms up
         run = {"run": partial(forward, network, images)}
@@ -151,8 +155,7 @@ def measure(name: str, options: Options) -> list[str]:
 
 
 def main(options: Options) -> None:
-    if min(options.height, options.width) < 32:
-        raise UserError("--height and --width must be 32 at least: the last stage's stride is 32")
+    require_height(min(options.height, options.width))
     rows = [["model", "parameters", "GMACs published", "GMACs executed"]]
     if options.measure:
         rows[0] += ["ms", "images/s", "MiB peak"]

@@ -15,7 +15,7 @@ from files import atomic_write
 from models.base import SegmentationModel
 from models.checkpoints import Checkpoint, read_checkpoint, some
 from models.factory import BUILDERS, create_model, recognise
-from models.layouts import CheckpointInfo, State
+from models.layouts import CheckpointInfo, StateDict
 from models.segformer import MMSegSegFormer
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,9 @@ def load_state(model: SegmentationModel, checkpoint: Checkpoint) -> None:
 
 
 def start_from(model: SegmentationModel, source: Checkpoint | Path | str) -> bool:
-    """Start `model` from an ImageNet encoder or a whole network; returns whether it has a head.
+    """Start `model` from an ImageNet encoder or a whole network.
+
+    Returns whether the head was taken as well.
 
     Of a network with other classes, the classifier keeps its rows for classes of the same name; a
     warning names the classes that start anew. Of mmsegmentation's networks the encoder alone is
@@ -123,7 +125,7 @@ def start_from(model: SegmentationModel, source: Checkpoint | Path | str) -> boo
     return fits
 
 
-def with_classes_of(model: SegmentationModel, checkpoint: Checkpoint) -> State:
+def with_classes_of(model: SegmentationModel, checkpoint: Checkpoint) -> StateDict:
     """The state with `model`'s classes: the classifier's rows by name, where there are names."""
     weight = checkpoint.classifier
     assert weight is not None

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from models.base import SegmentationModel
 from models.linear import Linear
-from models.pyramid import PyramidConfig, init_weights, patch_embeddings, to_map, to_tokens
+from models.pyramid import (
+    Attention,
+    PyramidConfig,
+    init_weights,
+    patch_embeddings,
+    to_map,
+    to_tokens,
+)
 from models.segformer import AllMLPHead
 
 HEAD_WIDTH = 256
@@ -88,20 +95,13 @@ class DilatedDepthwise(nn.Module):
         return scales[0] + scales[1] + scales[2]
 
 
-class RecursiveAtrousSelfAttention(nn.Module):
+class RecursiveAtrousSelfAttention(Attention):
     """RASA: attention whose queries see several scales, applied twice with the same weights."""
 
     def __init__(self, channels: int, heads: int, sr_ratio: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.sr_ratio = sr_ratio
-        self.q = Linear(channels, channels, bias=False)
-        self.kv = Linear(channels, 2 * channels, bias=False)
-        self.proj = Linear(channels, channels)
+        super().__init__(channels, heads, sr_ratio, bias=False)
         if sr_ratio > 1:
-            self.sr = nn.Conv2d(channels, channels, sr_ratio, sr_ratio)
             init_weights(self.sr)
-            self.norm = nn.LayerNorm(channels, eps=1e-5)
         self.ds = DilatedDepthwise(channels)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
@@ -113,13 +113,7 @@ class RecursiveAtrousSelfAttention(nn.Module):
     def attention(self, x: Tensor, h: int, w: int) -> Tensor:
         """One pass: (B, h·w, C) -> (B, h·w, C)."""
         q = to_tokens(self.ds(to_map(self.q(x), h, w)))
-        q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
-        if self.sr_ratio > 1:
-            x = self.norm(to_tokens(self.sr(to_map(x, h, w))))  # (B, M, C)
-        kv = self.kv(x).unflatten(2, (2, self.heads, -1))
-        k, v = kv.permute(2, 0, 3, 1, 4)  # (B, heads, M, d) each
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.attend(q, x, h, w)
 
 
 class LinearMlp(nn.Module):
@@ -217,6 +211,7 @@ class LVT(SegmentationModel):
         encoder = LVTEncoder(config)
         head = AllMLPHead(config.channels, HEAD_WIDTH, num_classes, dropout)
         super().__init__(name, config.channels, encoder, head)
+        # As published: other convolutions start as torch makes them.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_weights(module)

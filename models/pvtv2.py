@@ -78,10 +78,7 @@ class FPNHead(nn.Module):
 
     def forward(self, features: tuple[Tensor, ...]) -> Tensor:
         """F1..F4 (B, C_i, h_i, w_i) -> logits (B, classes, h_1, w_1)."""
-        return self.decode(self.neck(features))
-
-    def decode(self, levels: list[Tensor]) -> Tensor:
-        """The neck's levels (B, 256, h_i, w_i) -> logits (B, classes, h_1, w_1)."""
+        levels = self.neck(features)  # (B, 256, h_i, w_i) each
         size = levels[0].shape[-2:]
         out = self.scale_heads[0](levels[0])
         for scale_head, level in zip(self.scale_heads[1:], levels[1:], strict=True):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from models.linear import Linear
 
 MIN_HEIGHT = 64
-"""Pixels of the smallest image: stage 4 then has two rows."""
+"""Pixels of the smallest training image. Below, stage 4 has a single row, and CSF's BatchNorm may
+have a single value to normalise; evaluation takes half as many."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,12 @@ class Attention(nn.Module):
     With M = N / sr_ratio² reduced tokens it takes N·M products instead of N².
     """
 
-    def __init__(self, channels: int, heads: int, sr_ratio: int) -> None:
+    def __init__(self, channels: int, heads: int, sr_ratio: int, *, bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
         self.sr_ratio = sr_ratio
-        self.q = Linear(channels, channels)
-        self.kv = Linear(channels, 2 * channels)
+        self.q = Linear(channels, channels, bias)
+        self.kv = Linear(channels, 2 * channels, bias)
         self.proj = Linear(channels, channels)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(channels, channels, sr_ratio, sr_ratio)
@@ -87,7 +88,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
         """(B, h·w, C) -> (B, h·w, C)."""
-        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+        return self.attend(self.q(x), x, h, w)
+
+    def attend(self, q: Tensor, x: Tensor, h: int, w: int) -> Tensor:
+        """Queries and the tokens of keys and values, (B, h·w, C) both -> (B, h·w, C)."""
+        q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
         if self.sr_ratio > 1:
             # A convolution whose kernel is its stride makes one token of each square of tokens.
             x = self.norm(to_tokens(self.sr(to_map(x, h, w))))  # (B, M, C)
@@ -179,7 +184,7 @@ class PyramidTransformer(nn.Module):
         A stage's embedding is what its patch embedding hands to its first block.
         """
         features, embeddings = [], []
-        # In this order tokens and maps share memory through all four stages.
+        # Channels last, so that tokens and maps share memory through all four stages.
         x = images.contiguous(memory_format=torch.channels_last)
         for i in range(1, 5):
             tokens, h, w = getattr(self, f"patch_embed{i}")(x)

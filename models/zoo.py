@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 import cli
+from datasets.classes import CITYSCAPES
 from errors import UserError, require
 from files import ROOT, make_folder
 from models.factory import create_model
@@ -58,7 +59,7 @@ class Entry:
             start_from(create_model(self.model), path)
             return
         model = load_model(path)
-        if (model.name, model.num_classes) != (self.model, 20):
+        if (model.name, model.num_classes) != (self.model, CITYSCAPES.num_outputs):
             raise ValueError(f"it is a {model.name} with {model.num_classes} classes")
 
 

@@ -63,7 +63,7 @@ def test_a_training_asks_the_device_for_nothing(
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(engine, "new_optimizer", lambda d, _: torch.optim.SGD(d.parameters()))
     monkeypatch.setattr(engine, "begin", lambda *_: State())
-    monkeypatch.setattr(engine, "require_finite", Mock(side_effect=InterruptedError))
+    monkeypatch.setattr(engine, "log_and_check", Mock(side_effect=InterruptedError))
     monkeypatch.setattr(Logger, "log_losses", lambda *_: None)
     monkeypatch.setattr(teacher.head, "forward", None)  # which isn't needed
     with runs.as_a_process(), pytest.raises(InterruptedError):

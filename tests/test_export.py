@@ -194,7 +194,7 @@ def test_mistakes(weights, tmp_path) -> None:
     given = {"weights": weights, "format": "hf", "output": tmp_path / "new"}
     for flags, says in (
         ({"output": tmp_path}, "is there already; name a new folder"),
-        ({"int8": tmp_path}, "--int8 is for --format onnx"),
+        ({"int8": tmp_path}, "--int8 and --argmax are for --format onnx"),
         ({"weights": pvt}, "no such network; choose onnx, safetensors or"),
     ):
         with pytest.raises(UserError, match=says):

@@ -1,14 +1,13 @@
 """NYUv2, Pascal VOC 2012 and BDD100K on small trees of their layouts: from files to scores."""
 
 import json
-from importlib import import_module
-from typing import get_type_hints
 
 import numpy as np
 import pytest
 
 from datasets import LAYOUTS
 from datasets.classes import colormap
+from eval import eval_color, eval_iou
 from models import load_model
 from tests.runs import options_of
 from tests.trees import write
@@ -47,14 +46,10 @@ def test_train_evaluate_and_render(name, tmp_path) -> None:
     weights = tmp_path / "run" / "student.safetensors"
     assert load_model(weights).class_names == layout.classes.output_names
 
-    common = {"datadir": root, "weights": weights, "num_workers": 0}
-    scripts = f"eval.eval_{name}_"
-    if name == "BDD100K":  # which has no scripts of its own
-        scripts, common["dataset"] = "eval.eval_", name
-    score, paint = import_module(f"{scripts}iou"), import_module(f"{scripts}color")
+    common = {"dataset": name, "datadir": root, "weights": weights, "num_workers": 0}
     scores = tmp_path / "iou.json"
-    score.main(get_type_hints(score.main)["options"](**common, json=scores, protocol="full"))
+    eval_iou.main(eval_iou.Options(**common, json=scores, protocol="full"))
     written = json.loads(scores.read_text())
     assert list(written["per_class"]) == list(layout.classes.names) and written["height"] == 64
-    paint.main(get_type_hints(paint.main)["options"](**common, output_dir=tmp_path / "colour"))
+    eval_color.main(eval_color.Options(**common, output_dir=tmp_path / "colour"))
     assert len(list((tmp_path / "colour").rglob("*.png"))) == 2

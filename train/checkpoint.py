@@ -1,9 +1,9 @@
 """What a run writes into its folder, and how it is resumed from there.
 
-options.json, metrics.jsonl, last.pt and best.pt (everything that decides the run's future), and the
-network alone as student.safetensors and student_best.safetensors. Files are written aside and
-renamed, so that at every moment there is a whole checkpoint. The one before the last is kept as
-previous.pt, in case the last turns out to be damaged.
+options.json, metrics.jsonl, last.pt (everything that decides the run's future), and the network
+alone as student.safetensors and student_best.safetensors. Files are written aside and renamed, so
+that at every moment there is a whole checkpoint. The one before the last is kept as previous.pt, in
+case the last turns out to be damaged.
 """
 
 import hashlib
@@ -55,10 +55,8 @@ def save(
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
     state: State,
-    *,
-    best: bool = False,
 ) -> None:
-    """Write last.pt, or best.pt, by the main process.
+    """Write last.pt, by the main process; the one before becomes previous.pt.
 
     Raises UserError if it can't be written; the one before is still there.
     """
@@ -67,23 +65,22 @@ def save(
     random = distributed.all_gather_object([torch.get_rng_state(), cuda_state])
     if not distributed.is_main_process():
         return
-    facts = facts_of(run, state, state.best if best else None)
     content = {
         "model": distiller.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "state": asdict(state),
         "random": random,
-        "metadata": info_of(distiller.student, **facts).metadata(),
+        "metadata": info_of(distiller.student, **facts_of(run, state)).metadata(),
     }
-    path = run.options.run_dir / ("best.pt" if best else "last.pt")
+    path = run.options.run_dir / "last.pt"
     with atomic_write(path) as temporary:
         with temporary.open("wb") as file:
             file.write(pickled(content))
             file.flush()
             os.fsync(file.fileno())
         # A hard link keeps the checkpoint that is about to be replaced, without copying it.
-        if not best and path.exists():
+        if path.exists():
             with atomic_write(path.with_name("previous.pt")) as link:
                 try:
                     link.hardlink_to(path)
@@ -97,15 +94,18 @@ def save_weights(
     """Write the network's weights alone."""
     if distributed.is_main_process():
         path = run.options.run_dir / f"{run.options.network}{suffix}.safetensors"
-        save_model(network, path, **facts_of(run, state, score))
+        save_model(network, path, **facts_of(run, state), mean_iou=score)
 
 
-def facts_of(run: Run, state: State, score: float | None) -> dict[str, Any]:
+def facts_of(run: Run, state: State) -> dict[str, Any]:
     """What weights tell about where they come from."""
     data = run.options.data
-    facts: dict[str, Any] = {"method": run.options.method, "dataset": data.dataset}
-    facts |= {"height": data.height, "step": state.step}
-    return facts if score is None else facts | {"mean_iou": score}
+    return {
+        "method": run.options.method,
+        "dataset": data.dataset,
+        "height": data.height,
+        "step": state.step,
+    }
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -174,9 +174,10 @@ def require_same_run(
     }
     if options.recipe.schedule == "step":
         facts["decay_steps"] = plan.steps
-    # Processes may have paths of their own, but must start from the same weights and data.
+    # Processes may have paths of their own, but must have the same data, teacher and normalisation.
+    # The student's weights are process 0's: DistributedDataParallel sends them to the others.
     alike = options.as_json(without="local") | facts
-    alike["start"] = repr(distiller.student.normalisation)
+    alike["input's normalisation"] = repr(distiller.student.normalisation)
     distributed.require_same(alike | {"device": run.device.type})
     now = options.as_json() | facts
     before: dict[str, Any] = {}
@@ -217,17 +218,17 @@ def restore(
     with distributed.fail_in_all_processes():
         content = load_checkpoint(folder) if distributed.is_main_process() else None
     content = distributed.broadcast_object(content)  # nodes need not see each other's disks
+    # --override may have changed weight decay and the like: the options count, not the checkpoint.
     chosen = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     try:
         distiller.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
-        scaler.load_state_dict(content.get("scaler") or {})
+        scaler.load_state_dict(content["scaler"])
         state = State(**content["state"])
         random, random_cuda = content["random"][distributed.rank()]
     except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the checkpoint in {folder} is of another method ({reason})") from error
-    # --override may have changed weight decay and the like: the options count.
     for group, numbers in zip(optimizer.param_groups, chosen, strict=True):
         group.update(numbers)
     distiller.student.normalisation = read_info(content["metadata"], folder).normalisation

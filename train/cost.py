@@ -11,7 +11,7 @@ from models import create_model
 from models.distillation import Distiller
 from models.distillation.methods import METHODS, PUBLISHED
 from models.info import executed_macs, parameters, published_macs
-from train.options import DistillingOptions, Options
+from train.options import DistillingOptions, TrainingOptions
 
 PAPER_SIZE = (512, 1024)
 """Height and width of the image for which the paper counts MACs."""
@@ -38,7 +38,7 @@ class Cost:
         return {k: math.ceil(v * factor) for k, v in self.schedule.items() if v is not None}
 
 
-def cost_of(options: Options) -> Cost:
+def cost_of(options: TrainingOptions) -> Cost:
     """The cost of a run, counted on the meta device: nothing is computed or allocated."""
     recipe, height = options.recipe, options.data.height
     outputs = LAYOUTS[options.data.dataset].classes.num_outputs

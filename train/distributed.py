@@ -69,7 +69,7 @@ def wrap(module: nn.Module, device: torch.device, *, find_unused: bool) -> nn.Mo
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean of a tensor over processes."""
+    """The mean of a tensor over processes; its values are overwritten."""
     if world_size() > 1:
         dist.all_reduce(values)  # their sum, in place
         values = values / world_size()

@@ -34,7 +34,7 @@ from train.logger import Logger
 from train.optimisation import Plan, new_optimizer
 from train.setup import Run
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """After these a run saves and ends; schedulers of clusters send one of the last two."""
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,9 +76,10 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
         f"{options.run_dir}"
     )
     if options.run.validate_teacher and teacher is not None:
-        logger.say(f"teacher: val mIoU {validate(teacher, run, state, logger, 'teacher'):.2%}")
+        logger.say(
+            f"teacher: val mIoU {validate(teacher, run, state.epoch, logger, 'teacher'):.2%}"
+        )
     saved = time.monotonic()
-    lr = plan.learning_rate(state.epoch, state.step)
 
     signals = remember_signals()
     while state.step < total_steps:
@@ -91,7 +92,7 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
 
             # One step by a global batch, in parts whose gradients add up.
             scales = loss_scales(group, class_weights, device)
-            for batch, scale in zip(group, scales, strict=True):
+            for batch, (ce, others) in zip(group, scales, strict=True):
                 images, labels = to_device(batch, device)
                 with averaging_gradients(learner, batch is group[-1]):
                     with autocast(run), torch.no_grad():
@@ -100,8 +101,7 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
                             teacher_output = teacher(images, logits=distiller.needs_teacher_logits)
                     with autocast(run):
                         losses = learner(images, labels, teacher_output)
-                    if scale is not None:
-                        losses = {k: scale[int(k != "ce")] * v for k, v in losses.items()}
+                    losses = {k: (ce if k == "ce" else others) * v for k, v in losses.items()}
                     total = torch.stack(list(losses.values())).sum() / len(group)
                     scaler.scale(total).backward()
                 logger.add(state.step + 1, losses, batch.indices)
@@ -120,22 +120,20 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
             if state.step >= total_steps or distributed.any_process(bool(signals)):
                 break
             if distributed.any_process(late):
-                require_finite(distiller, run, state, logger, lr)
+                log_and_check(distiller, run, state, logger)
                 save(run, distiller, optimizer, scaler, state)
                 saved = time.monotonic()
 
         # The epoch is over, or the run, or a signal came.
-        require_finite(distiller, run, state, logger, lr)
+        log_and_check(distiller, run, state, logger)
         if state.step < total_steps and distributed.any_process(bool(signals)):
             break
         epoch = state.epoch  # the one that was under way
-        due = state.step >= total_steps or epoch % options.run.validate_every == 0
-        if due:
-            score = validate(distiller.student, run, state, logger, "val", distiller.class_weights)
         if state.batch >= steps_per_epoch:
             state.epoch, state.batch = epoch + 1, 0
-        if not due:
+        if state.step < total_steps and epoch % options.run.validate_every != 0:
             continue
+        score = validate(distiller.student, run, epoch, logger, "val", distiller.class_weights)
         best = score > state.best
         state.best = max(score, state.best)
         logger.say(
@@ -147,7 +145,6 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
             save_weights(run, distiller.student, state, score, f"_epoch{epoch:04}")
         if best:  # ahead of last.pt, which remembers that this was the best
             save_weights(run, distiller.student, state, score, "_best")
-            save(run, distiller, optimizer, scaler, state, best=True)
         save(run, distiller, optimizer, scaler, state)
         saved = time.monotonic()
 
@@ -161,6 +158,7 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
     del learner  # DistributedDataParallel, which must be gone when the group is shut down
     distributed.shutdown()
     if not done:
+        # Without a signal here, another process had one.
         sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
 
 
@@ -180,18 +178,16 @@ def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
-def loss_scales(
-    group: list[Batch], class_weights: Tensor, device: torch.device
-) -> Iterable[Tensor | None]:
-    """How much each part of a global batch counts, (2,): for cross entropy, for all other losses.
+def loss_scales(group: list[Batch], class_weights: Tensor, device: torch.device) -> Tensor:
+    """How much each part of a global batch counts: (parts, 2), for cross entropy and all others.
 
     Losses are averaged over parts and processes. But a part may hold fewer images than the others,
     and cross entropy is an average over pixels weighted by their class. Multiplied by these, the
-    averages are those of the whole batch. None for a batch in one part, which counts as it is.
+    averages are those of the whole batch. A batch in one part counts as it is.
     `class_weights` are on the host, like the labels.
     """
     if len(group) == distributed.world_size() == 1:
-        return [None]
+        return torch.ones(1, 2)
     counts = []
     for batch in group:
         pixels = torch.bincount(batch.labels.flatten(), minlength=len(class_weights)).double()
@@ -206,9 +202,9 @@ def autocast(run: Run) -> AbstractContextManager[Any]:
     return torch.autocast(run.device.type, dtype, enabled=dtype is not None)
 
 
-def averaging_gradients(learner: nn.Module, now: bool) -> AbstractContextManager[Any]:
-    """Whether a backward pass averages gradients over processes, or lets them add up in each."""
-    if now or not isinstance(learner, DistributedDataParallel):
+def averaging_gradients(learner: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """The `last` part's backward pass averages gradients over processes; those before add up."""
+    if last or not isinstance(learner, DistributedDataParallel):
         return nullcontext()
     return learner.no_sync()
 
@@ -234,9 +230,8 @@ def remember_signals() -> list[int]:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for name in SIGNALS:
-        if hasattr(signal, name):  # Windows has two of them
-            signal.signal(getattr(signal, name), remember)
+    for number in SIGNALS:
+        signal.signal(number, remember)
     return received
 
 
@@ -246,7 +241,7 @@ def remember_signals() -> list[int]:
 def validate(
     model: SegmentationModel,
     run: Run,
-    state: State,
+    epoch: int,
     logger: Logger,
     event: str,
     class_weights: Tensor | None = None,
@@ -256,12 +251,12 @@ def validate(
     Dashboards also get the student's prediction for the first image.
     """
     distributed.broadcast_buffers(model)
-    common: dict[str, Any] = {"batch_size": run.micro_batch, "device": run.device}
+    common: dict[str, Any] = {"batch_size": run.micro_batch_size, "device": run.device}
     common |= {"num_workers": run.options.data.num_workers, "progress": False}
     scores = evaluate(model, run.val_set, class_weights=class_weights, **common).as_json()
     if event == "val" and run.options.run.iou_train:
         scores["train_iou"] = evaluate(model, run.train_set.plain(), **common).as_json()["mean_iou"]
-    logger.validated(state.epoch, scores, event)
+    logger.validated(epoch, scores, event)
     if event == "val" and logger.dashboards:
         item = run.val_set[0]
         with torch.inference_mode():
@@ -274,15 +269,15 @@ def validate(
                 "target": np.asarray(colorize(item.label.numpy(), run.classes)),
             }
         )
-    return scores["mean_iou"] or 0.0
+    return scores["mean_iou"]
 
 
-def require_finite(distiller: Distiller, run: Run, state: State, logger: Logger, lr: float) -> None:
+def log_and_check(distiller: Distiller, run: Run, state: State, logger: Logger) -> None:
     """Log the losses, and check the weights before they are validated or saved.
 
     Raises UserError if a loss or a weight is not finite.
     """
-    logger.log_losses(state.epoch, lr)
+    logger.log_losses()
     finite = [value.isfinite().all() for value in distiller.state_dict().values()]
     if not torch.stack(finite).all():
         raise UserError(

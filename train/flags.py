@@ -1,8 +1,8 @@
 """Every number of a run as a typed flag, in groups, with the published value as default.
 
-Liu et al., arXiv 2202.13393, section IV-B. What a field is stands at the field: one made by `free`
-may change when a run is resumed, because it does not change what is computed; one made by `local`
-may also differ between the processes of a run; `least` and `below` bound a value.
+Liu et al., arXiv 2202.13393, section IV-B. `free` marks what a resumed run may change, because it
+does not change what is computed; `local` what may also differ between the processes of a run.
+`least` and `below` bound a value; without them it is at least 0.
 """
 
 import math
@@ -29,12 +29,13 @@ def free(default: Any, *, least: float = 0) -> Any:
     return number(default, least=least, free=True)
 
 
-def local(default: Any = MISSING, **kind: Any) -> Any:
-    """A field that a resumed run, and each of its processes, may have its own value of.
+def local(default: Any = MISSING, *, default_factory: Any = MISSING) -> Any:
+    """A field that a resumed run may change, and that may differ between its processes.
 
-    Of files that such a field names, the content is compared.
+    Where it names data or a teacher, what they hold is compared instead.
     """
-    return field(default=default, metadata={"free": True, "local": True}, **kind)
+    metadata = {"free": True, "local": True}
+    return field(default=default, default_factory=default_factory, metadata=metadata)
 
 
 def default_workers() -> int:
@@ -174,7 +175,7 @@ class RunOptions:
 
 
 @dataclass(kw_only=True)
-class DeviceOptions:
+class HardwareOptions:
     device: str = local("auto")
     """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

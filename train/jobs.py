@@ -76,8 +76,11 @@ class Running:
             start_new_session=True,  # Ctrl-C reaches it once, through us
         )
 
-    def ended(self) -> bool:
-        """Whether it is done, or failed and says so in the job's `error`."""
+    def advance(self) -> bool:
+        """Start the next command when one has ended. Returns whether the job is over.
+
+        If it failed, its `error` says why.
+        """
         code = self.process.poll()
         if code is None:
             return False
@@ -111,8 +114,8 @@ def start(job: Job, slot: Slot) -> Running | None:
     return Running(job, slot, lock) if acquire(lock) else None
 
 
-def run_here(jobs: Iterable[Job], slots: list[Slot], ended: Callable[[], object]) -> None:
-    """Run jobs, one in each slot at a time; `ended` is called after each.
+def run_here(jobs: Iterable[Job], slots: list[Slot], report: Callable[[], object]) -> None:
+    """Run jobs, one in each slot at a time; `report` is called after each.
 
     A signal is passed on: every training saves, and the process ends.
     """
@@ -138,7 +141,7 @@ def run_here(jobs: Iterable[Job], slots: list[Slot], ended: Callable[[], object]
         time.sleep(0.2)
         # Report what has ended, which frees its slot.
         for run in list(running):
-            if not run.ended():
+            if not run.advance():
                 continue
             running.remove(run)
             free.append(run.slot)
@@ -146,7 +149,7 @@ def run_here(jobs: Iterable[Job], slots: list[Slot], ended: Callable[[], object]
             what = f" failed: {run.job.error}" if run.job.error else f": mIoU {score:.2%}"
             left = len(waiting) + len(running)
             print(f"{run.job.name}{what}, {left} runs left", file=sys.stderr, flush=True)
-            ended()
+            report()
         if signals:
             for run in running:
                 run.stop()
@@ -165,7 +168,7 @@ class ClusterJob:
         while self.running is None:  # another table may be at work on it
             self.running = start(self.job, {})
             time.sleep(1)
-        while not self.running.ended():
+        while not self.running.advance():
             time.sleep(1)
         if self.job.error:
             raise RuntimeError(self.job.error)

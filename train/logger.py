@@ -26,7 +26,7 @@ from errors import UserError, require
 from files import atomic_write, read_records
 from progress import progress_line
 from train import distributed
-from train.options import Options
+from train.options import TrainingOptions
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class TensorBoard:
     """Event files in a run's folder; what they held from `purge_step` on is dropped."""
 
-    def __init__(self, options: Options, purge_step: int) -> None:
+    def __init__(self, options: TrainingOptions, purge_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = options.run_dir
@@ -45,6 +45,7 @@ class TensorBoard:
             wandb.init(
                 project=options.run.wandb,
                 name=folder.name,
+                # The folder's own: a resumed run continues its curves.
                 id=f"{folder.name}-{zlib.crc32(bytes(folder.resolve())):08x}",
                 dir=str(folder),
                 config=options.as_json(),
@@ -64,7 +65,7 @@ class TensorBoard:
 class Visdom:
     """Windows, in an environment of the run's name, of `python -m visdom.server -bind_local`."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: TrainingOptions) -> None:
         visdom: Any = import_module("visdom")
         for chatter in ("visdom", "websocket"):  # a traceback for every lost message
             logging.getLogger(chatter).setLevel(logging.CRITICAL)
@@ -88,7 +89,7 @@ class Visdom:
         """The server keeps the windows."""
 
 
-def find_dashboards(options: Options) -> None:
+def find_dashboards(options: TrainingOptions) -> None:
     """Raise UserError for a dashboard that is not installed: before anything long is started."""
     if options.run.visualize:  # its installation needs PIP_BUILD_CONSTRAINT
         require("visdom", "-r requirements/visdom.txt; README.md, Monitoring, has the whole line")
@@ -108,7 +109,7 @@ class Logger:
     """
 
     def __init__(
-        self, options: Options, samples: Sequence[Sample], total_steps: int, start_step: int
+        self, options: TrainingOptions, samples: Sequence[Sample], total_steps: int, start_step: int
     ) -> None:
         self.options = options
         self.samples = samples
@@ -144,15 +145,17 @@ class Logger:
     def stepped(self, step: int, epoch: int, lr: float) -> None:
         """Count a step; the first one and every `--steps-loss`-th are logged."""
         self.step = step
+        self.epoch = epoch
+        self.lr = lr
         self.line.update(step - self.line.n)
         if step % self.options.run.steps_loss == 0 or step == self.start_step + 1:
-            self.log_losses(epoch, lr)
+            self.log_losses()
 
-    def log_losses(self, epoch: int, lr: float) -> None:
+    def log_losses(self) -> None:
         """Log the mean losses since the last record.
 
-        Raises UserError if one of them is not a number, in any process; it names step and
-        images.
+        Raises UserError if one of them is NaN or infinite, in any process; it names the step and
+        the images.
         """
         if not self.pending:
             return
@@ -160,7 +163,7 @@ class Logger:
         # (steps, losses) in one tensor: a single copy from the device fetches all.
         values = torch.stack([torch.stack(list(losses.values())) for _, losses, _ in self.pending])
         # The only moment at which the host waits for the device.
-        if distributed.any_process(not math.isfinite(values.sum().item())):
+        if distributed.any_process(not values.isfinite().all()):
             self._raise_not_finite(names, values)
         averages = distributed.mean(values.double().mean(0)).tolist()
         means = dict(zip(names, averages, strict=True))
@@ -169,13 +172,13 @@ class Logger:
         seconds = now - self.clock
         images = distributed.world_size() * sum(len(indices) for _, _, indices in self.pending)
         rate = round(images / seconds, 3)
-        self.record("train", epoch, lr=lr, losses=means, images_per_second=rate)
+        self.record("train", self.epoch, lr=self.lr, losses=means, images_per_second=rate)
         for name, value in means.items():
             self._draw("point", "loss", name, self.step, value)
-        self._draw("point", "lr", "lr", self.step, lr)
+        self._draw("point", "lr", "lr", self.step, self.lr)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        self.line.set_description(f"epoch {epoch}", refresh=False)
-        self.line.set_postfix_str(f"{rate:.1f} images/s  lr {lr:.2e}  {shown}", refresh=False)
+        self.line.set_description(f"epoch {self.epoch}", refresh=False)
+        self.line.set_postfix_str(f"{rate:.1f} images/s  lr {self.lr:.2e}  {shown}", refresh=False)
         self.pending = []
         self.clock = now
 
@@ -183,7 +186,9 @@ class Logger:
         not_finite = []
         for (step, _, indices), row in zip(self.pending, values.tolist(), strict=True):
             images = ", ".join(self.samples[index].name for index in indices)
-            broken = (name for name, value in zip(names, row, strict=True) if value - value != 0)
+            broken = (
+                name for name, value in zip(names, row, strict=True) if not math.isfinite(value)
+            )
             not_finite += [(step, name, images) for name in broken]
         # The first of all processes, which then raise the same error.
         step, name, images = min(chain(*distributed.all_gather_object(not_finite)))
@@ -192,8 +197,8 @@ class Logger:
             f"state is kept in {self.path.parent}: look at these images, or try a lower --lr"
         )
 
-    def validated(self, epoch: int, scores: dict[str, Any], event: str = "val") -> None:
-        """Log an evaluation's scores; its time is none of training."""
+    def validated(self, epoch: int, scores: dict[str, Any], event: str) -> None:
+        """Log an evaluation's scores, and leave its time out of the images a second."""
         self.record(event, epoch, **scores)
         for key, chart in (("mean_iou", "mIoU"), ("loss", "loss")):
             if scores.get(key) is not None:

@@ -48,8 +48,8 @@ def new_network(
     name: str,
     recipe: RecipeOptions,
     classes: Classes,
-    weights: Path | None = None,
-    pretrained: bool = False,
+    weights: Path | None,
+    pretrained: bool,
 ) -> SegmentationModel:
     """A network that is to learn: from `weights`, its `pretrained` encoder, or random numbers.
 
@@ -63,10 +63,12 @@ def new_network(
     )
     # Written into its files, so that whoever reads them can put the outputs in order.
     model.class_names = classes.output_names
+    encoder_alone = False
     with distributed.fail_in_all_processes():  # a file may be missing on one node alone
         if weights is None and pretrained:
             weights = pretrained_path(name)
-        encoder_alone = weights is not None and not start_from(model, weights)
+        if weights is not None:
+            encoder_alone = not start_from(model, weights)
     if recipe.normalisation == "imagenet" or (recipe.normalisation == "auto" and encoder_alone):
         model.normalisation = IMAGENET
     return model
@@ -75,7 +77,7 @@ def new_network(
 def new_student(
     options: StudentOptions, recipe: RecipeOptions, classes: Classes
 ) -> SegmentationModel:
-    """The student as it starts. It is built first: one seed gives every method the same one."""
+    """The student as it starts."""
     return new_network(
         options.student_model,
         recipe,

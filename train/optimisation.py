@@ -21,8 +21,7 @@ def new_optimizer(distiller: nn.Module, recipe: RecipeOptions) -> AdamW:
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
     # Fused: one kernel for all parameters, on a GPU and on a CPU.
-    numbers: dict[str, Any] = {"betas": recipe.betas, "eps": recipe.eps}
-    return AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay, fused=True, **numbers)
+    return AdamW(groups, recipe.lr, recipe.betas, recipe.eps, recipe.weight_decay, fused=True)
 
 
 @dataclass(frozen=True)
@@ -32,25 +31,28 @@ class Plan:
     Attributes:
         epochs: passes over the training images.
         limit: the run ends after this many steps even if epochs are left.
-        recipe_epoch: with `--keep-steps`, the steps of an epoch at the published batch size.
+        published_steps_per_epoch: at the published batch size, with `--keep-steps`.
     """
 
     recipe: RecipeOptions
     steps_per_epoch: int
     epochs: int
     limit: int
-    recipe_epoch: int | None = None
+    published_steps_per_epoch: int | None = None
 
     @classmethod
-    def of(cls, recipe: RecipeOptions, published_batch: int, images: int, per_epoch: int) -> "Plan":
-        """The plan for a number of training images, which are seen in `per_epoch` steps."""
+    def of(
+        cls, recipe: RecipeOptions, published_batch_size: int, images: int, steps_per_epoch: int
+    ) -> "Plan":
+        """The plan for a number of training images, which are seen in `steps_per_epoch` steps."""
         limit = recipe.max_steps or sys.maxsize
         if not recipe.keep_steps:
-            return cls(recipe, per_epoch, recipe.num_epochs, limit)
+            return cls(recipe, steps_per_epoch, recipe.num_epochs, limit)
         # Epochs are repeated until as many steps are done as the published batch size would give.
-        recipe_epoch = math.ceil(images / published_batch)
-        steps = recipe.num_epochs * recipe_epoch
-        return cls(recipe, per_epoch, math.ceil(steps / per_epoch), min(limit, steps), recipe_epoch)
+        published = math.ceil(images / published_batch_size)
+        steps = recipe.num_epochs * published
+        epochs = math.ceil(steps / steps_per_epoch)
+        return cls(recipe, steps_per_epoch, epochs, min(limit, steps), published)
 
     @property
     def steps(self) -> int:
@@ -62,13 +64,11 @@ class Plan:
 
         `step` steps are done, `batch` of them in `epoch`, which is the one under way.
         """
-        if self.recipe_epoch:
+        if self.published_steps_per_epoch:
             return self.limit
-        if epoch > self.epochs:
-            return min(step, self.limit)
         # The steps that are done, perhaps with another batch size, and those left by this plan.
         left = (self.epochs - epoch) * self.steps_per_epoch + max(self.steps_per_epoch - batch, 0)
-        return min(step + left, self.limit)
+        return min(step + max(left, 0), self.limit)
 
     def learning_rate(self, epoch: int, step: int) -> float:
         """The learning rate of the next step, after `step` steps, in `epoch` (from 1).
@@ -77,10 +77,11 @@ class Plan:
         steps. A linear warm-up multiplies either.
         """
         recipe = self.recipe
-        done = step / self.steps
-        if recipe.schedule == "epoch":
-            if self.recipe_epoch:
-                epoch = 1 + step // self.recipe_epoch  # as the published batch size counts them
+        if recipe.schedule == "step":
+            done = step / self.steps
+        else:
+            if self.published_steps_per_epoch:  # by which epochs are counted then
+                epoch = 1 + step // self.published_steps_per_epoch
             # The published scheduler steps once as it is built: epoch 1 is 1/1500 below lr.
             done = epoch / recipe.lr_decay_epochs
         warmup = min((step + 1) / max(recipe.warmup_steps, 1), 1)

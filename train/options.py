@@ -1,4 +1,4 @@
-"""The options of a training script: groups of flags, recipes, and what they must not be.
+"""The options of a training script: groups of flags, recipes, and the checks of their values.
 
 They are saved as options.json in the run's folder.
 """
@@ -16,8 +16,8 @@ from errors import UserError
 from files import OUTPUTS
 from train.flags import (
     DataOptions,
-    DeviceOptions,
     DistillationOptions,
+    HardwareOptions,
     RecipeOptions,
     RunOptions,
     StudentOptions,
@@ -46,7 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(kw_only=True)
-class Options:
+class TrainingOptions:
     """Flags of every training script.
 
     Attributes:
@@ -62,7 +62,7 @@ class Options:
     data: DataOptions
     recipe: RecipeOptions = field(default_factory=RecipeOptions)
     run: RunOptions = field(default_factory=RunOptions)
-    hardware: DeviceOptions = field(default_factory=DeviceOptions)
+    hardware: HardwareOptions = field(default_factory=HardwareOptions)
 
     def fields(self) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
         """Every field of every group, with its value."""
@@ -139,7 +139,7 @@ class Options:
 
 
 @dataclass(kw_only=True)
-class DistillingOptions(Options):
+class DistillingOptions(TrainingOptions):
     """Flags of the distillation scripts."""
 
     student: StudentOptions = field(default_factory=StudentOptions)

@@ -15,7 +15,7 @@ from errors import UserError
 from files import acquire, make_folder, remove_temporaries
 from train import distributed
 from train.logger import find_dashboards
-from train.options import Options
+from train.options import TrainingOptions
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ CHECKPOINTS = ("last.pt", "previous.pt")
 class Run:
     """What a run needs before its networks are built."""
 
-    options: Options
+    options: TrainingOptions
     device: torch.device
     train_set: SceneDataset
     val_set: SceneDataset
@@ -42,7 +42,7 @@ class Run:
         return self.device.type == "cuda"
 
     @property
-    def micro_batch(self) -> int:
+    def micro_batch_size(self) -> int:
         """Images that each process takes at a time.
 
         Raises UserError if the global batch can't be divided evenly.
@@ -57,7 +57,7 @@ class Run:
         return batch_size // parts
 
     def class_weights(self) -> tuple[float, ...] | None:
-        """Of the cross entropy, one for each output; None weighs all classes alike."""
+        """The cross entropy's class weights, one for each output; None weighs all classes alike."""
         kind = self.options.recipe.class_weights
         if kind == "dataset":
             self.use_cache()  # every label is read
@@ -78,7 +78,7 @@ class Run:
         """This process's micro-batches of an epoch, without those of the steps that are done."""
         return training_batches(
             self.train_set,
-            batch_size=self.micro_batch,
+            batch_size=self.micro_batch_size,
             seed=self.options.recipe.seed,
             epoch=epoch,
             start=steps_done * self.options.hardware.accumulate,
@@ -89,11 +89,11 @@ class Run:
         )
 
 
-def start(options: Options) -> Run:
+def start(options: TrainingOptions) -> Run:
     """Open the data, claim the run's folder, and seed everything.
 
-    Called before the networks are built, so that one seed gives every method the same student. No
-    image is read here: a mistake, or weights that are missing, show before anything that is long.
+    Called before the networks are built, which it seeds. No image is read here: a mistake, or
+    weights that are missing, show before anything that is long.
 
     Raises UserError if an option, the device, the folder or the data set can't be used.
     """
@@ -116,10 +116,11 @@ def start(options: Options) -> Run:
         val_set = open_split(data.dataset, data.datadir, "val", height=data.height)
         lock = claim_folder(options) if distributed.is_main_process() else None
         run = Run(options, device, train_set, val_set, lock)
-        micro_batch = run.micro_batch
+        micro_batch_size = run.micro_batch_size
+    # `auto` was decided by the main process, which has the folder.
     options.run.resume = distributed.broadcast_object(options.run.resume)
-    alone = micro_batch == 1 < options.recipe.batch_size and not options.hardware.sync_batchnorm
-    if alone and distributed.is_main_process():
+    single_image = micro_batch_size == 1 and options.recipe.batch_size > 1
+    if single_image and not options.hardware.sync_batchnorm and distributed.is_main_process():
         log.warning(
             "one image at a time: BatchNorm sees a single image, and CSF takes its squeeze for "
             "one; a larger --batch-size comes closer to the recipe"
@@ -128,7 +129,7 @@ def start(options: Options) -> Run:
     return run
 
 
-def claim_folder(options: Options) -> FileLock:
+def claim_folder(options: TrainingOptions) -> FileLock:
     """Lock the run's folder; `--resume auto` is decided here.
 
     Raises UserError if it can't be written, another process has locked it, or it holds a run
@@ -159,7 +160,10 @@ def claim_folder(options: Options) -> FileLock:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise UserError where torch.compile lacks one: of C++, or of C to start a GPU's kernels."""
+    """Raise UserError if torch.compile would find no compiler.
+
+    It needs one of C++ on a CPU, and one of C to launch a GPU's kernels.
+    """
     compilers = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
     if device.type == "cuda":
         compilers = [os.environ.get("CC", "gcc"), "clang"]
@@ -170,7 +174,7 @@ def require_compiler(device: torch.device) -> None:
         )
 
 
-def set_up_torch(options: Options, device: torch.device) -> None:
+def set_up_torch(options: TrainingOptions, device: torch.device) -> None:
     """Set torch up for speed, or for results that repeat bit for bit.
 
     Raises UserError for what this device can't do.

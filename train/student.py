@@ -18,7 +18,7 @@ from models.distillation import Distiller
 from train.engine import train
 from train.flags import RecipeOptions, StudentOptions
 from train.networks import new_student
-from train.options import Options as TrainingOptions
+from train.options import TrainingOptions
 from train.setup import start
 
 

@@ -20,9 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
-
 import cli
 from errors import UserError
 from eval.commands import PROTOCOLS
@@ -30,7 +27,7 @@ from files import OUTPUTS, ROOT, atomic_write, make_folder, read_records, write_
 from train.cost import Cost, cost_of
 from train.grid import Grid, Row, flags, read_grid
 from train.jobs import Job, run_here, submit
-from train.options import Options as TrainingOptions
+from train.options import TrainingOptions
 
 HEADS = ("", "mIoU, %", "seeds", "gain", "published", "params, M", "GMACs", "GMACs a step",
          "steps", "PFLOP", "s a step")  # fmt: skip

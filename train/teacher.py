@@ -21,7 +21,7 @@ from models.factory import MODELS
 from train.engine import train
 from train.flags import RecipeOptions, local
 from train.networks import new_network
-from train.options import Options as TrainingOptions
+from train.options import TrainingOptions
 from train.setup import start
 
 

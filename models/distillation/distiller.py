@@ -58,7 +58,7 @@ class Distiller(nn.Module):
 
     @property
     def needs_teacher_logits(self) -> bool:
-        """TransKD's own losses don't: without them the teacher's head need not run."""
+        """Whether the teacher's head must run; TransKD's own losses don't look at its logits."""
         return self.logits_loss is not None
 
     def forward(
@@ -70,7 +70,7 @@ class Distiller(nn.Module):
         train ids, the last index for ignore; cross entropy is computed at their size. The teacher's
         output for the images comes without gradients.
         """
-        # In this order once, for the student and for EA, which both take the images.
+        # Channels last, once: the student and EA both take the images.
         images = images.contiguous(memory_format=torch.channels_last)
         student = self.student(images)
         losses = {"ce": cross_entropy(student.logits, labels, self.class_weights)}

@@ -29,14 +29,14 @@ class EmbeddingAssistant(nn.Module):
         super().__init__()
         alignment = GLMixer if mix else PatchEmbeddingAlignment
         self.pea = alignment(student_channels, teacher_channels, stages)
-        self.stages = self.pea.stages
         embeds = patch_embeddings((3, *student_channels[:3]), tuple(teacher_channels))
         for stage in stages:
             setattr(self, f"patch_embed{stage}", embeds[stage - 1].apply(init_weights))
         # u_1..u_4 and v_1..v_4, 0.1, 0.2, … 0.8 at first. All eight are there whichever stages
         # are aligned, for the released weights hold them.
         self.fuse_weights = nn.ParameterList(torch.full((1,), 0.1 * (k + 1)) for k in range(8))
-        own = tuple((name, name) for name in ("patch_embed", "fuse_weights"))
+        # EA's own keep their names; every other name is PEA's.
+        own = (("patch_embed", "patch_embed"), ("fuse_weights", "fuse_weights"))
         use_published_names(self, (*own, ("", "pea.")))
 
     def forward(self, images: Tensor, student: SegmentationOutput) -> dict[int, Tensor]:

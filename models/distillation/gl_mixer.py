@@ -75,7 +75,6 @@ class GLMixer(nn.Module):
         super().__init__()
         self.pea = PatchEmbeddingAlignment(student_channels, teacher_channels, stages)
         self.mixer = Mixer(student_channels[MIXED_STAGE - 1], add=add)
-        self.stages = self.pea.stages
         use_published_names(self, (("embed", "pea.embed"), ("", "mixer.")))
 
     def forward(self, images: Tensor, student: SegmentationOutput) -> dict[int, Tensor]:

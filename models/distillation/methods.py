@@ -1,7 +1,8 @@
 """Every method by name: the paper's, its ablations, its baselines.
 
-All have cross entropy, and `--logits-weight` gives each a loss between class probabilities. What
-else a method has is in its row of METHODS. A new one is a file here and a row there.
+All have cross entropy. `--logits-weight` adds a loss between class probabilities, but to the two
+methods whose own loss is one between logits. What else a method has is in its row of METHODS. A new
+one is a file here and a row there.
 """
 
 import inspect
@@ -16,13 +17,12 @@ from errors import UserError
 from models.base import SegmentationModel
 from models.distillation.csf import CrossSelectiveFusion
 from models.distillation.cwd import ChannelWiseFeatures
-from models.distillation.distiller import Distiller, FeatureLoss, LogitsLoss, TransKD
+from models.distillation.distiller import Distiller, LogitsLoss, TransKD
 from models.distillation.embedding_assistant import EmbeddingAssistant
 from models.distillation.gl_mixer import GLMixer
 from models.distillation.losses import (
     FEATURE_LOSSES,
     channel_wise_divergence,
-    hierarchical_context_loss,
     pixel_wise_divergence,
 )
 from models.distillation.pea import ALL_STAGES, PatchEmbeddingAlignment
@@ -51,7 +51,7 @@ class LossOptions:
     """Temperature of CWloss and KL."""
     logits_weight: float = 0.0
     """Weight of one more loss, between class probabilities: KL(teacher‖student). 0: none, as
-    published."""
+    published. No effect with response and cwd_logits, whose loss is such a one."""
     logits_temperature: float = field(default=1.0, metadata=POSITIVE)
     """Temperature of that loss."""
     kd_weight: float | None = None
@@ -67,10 +67,10 @@ class LossOptions:
     def transkd_arguments(self) -> dict[str, Any]:
         """The arguments of `TransKD` about its losses."""
         name = self.knowledge_distillation_loss
-        loss: FeatureLoss = hierarchical_context_loss
+        loss = FEATURE_LOSSES[name]
         weight = self.review_kd_loss_weight
         if name != "hcl":
-            loss = partial(FEATURE_LOSSES[name], temperature=self.temperature)
+            loss = partial(loss, temperature=self.temperature)
             weight = self.lambda_cwd
         return {
             "feature_loss": loss,
@@ -82,7 +82,7 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class Method:
-    """What a method has beside cross entropy and `--logits-weight`: one of three kinds."""
+    """What a method has beside cross entropy: one of three kinds."""
 
     # TransKD: of feature maps, by `--knowledge-distillation-loss`; of patch embeddings, by MSE.
     fusion: Callable[..., nn.Module] | None = None

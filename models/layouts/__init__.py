@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.base import Normalisation
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NO_NORMALISATION = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 FIELDS = {"i": r"\d", "j": r"\d+", "rest": ".+"}
@@ -45,7 +45,9 @@ class CheckpointInfo:
         return metadata
 
 
-def rename(state: State, table: Iterable[tuple[str, str]], *, to_theirs: bool = False) -> State:
+def rename(
+    state: StateDict, table: Iterable[tuple[str, str]], *, to_theirs: bool = False
+) -> StateDict:
     """Exchange the names of modules by rules (ours, theirs).
 
     Stages are counted from 1 in our names and from 0 in theirs. Keys that no rule names stay as
@@ -56,6 +58,7 @@ def rename(state: State, table: Iterable[tuple[str, str]], *, to_theirs: bool = 
         old, new = (ours, theirs) if to_theirs else (theirs, ours)
         pattern = re.escape(old)
         for name, values in FIELDS.items():
+            # re.escape has put backslashes before the braces.
             pattern = pattern.replace(rf"\{{{name}\}}", f"(?P<{name}>{values})")
         rules.append((re.compile(pattern), new))
 
@@ -89,7 +92,7 @@ def normalisation(
     return None if result == NO_NORMALISATION else result
 
 
-def swap_channels(state: State) -> State:
+def swap_channels(state: StateDict) -> StateDict:
     """A network for BGR images as one for RGB."""
     key = "patch_embed1.proj.weight"
     return state | {key: state[key].flip(1)} if key in state else state

@@ -18,7 +18,7 @@ from files import read_json
 from models import segformer
 from models.base import Normalisation
 from models.factory import recognise
-from models.layouts import IMAGENET, CheckpointInfo, State, normalisation, rename, swap_channels
+from models.layouts import IMAGENET, CheckpointInfo, StateDict, normalisation, rename, swap_channels
 
 log = logging.getLogger(__name__)
 
@@ -53,17 +53,17 @@ FIXED = {
 }
 """What every SegFormer of ours has, as SegformerConfig calls it."""
 STEPS = re.compile("do_(resize|rescale|normalize|convert_rgb|flip_channel_order|reduce_labels)")
-"""Of an image processor, those that are honoured here; the last one is about labels."""
+"""Steps of an image processor that are honoured here; do_reduce_labels is about labels alone."""
 
 
-def matches(state: State) -> bool:
+def matches(state: StateDict) -> bool:
     """Whether these are its names."""
     return any(key.startswith(("segformer.", *BARE)) for key in state)
 
 
-def to_huggingface(state: State) -> State:
+def to_huggingface(state: StateDict) -> StateDict:
     """Our state dict under the names of Hugging Face's SegFormer; the weights stay as they are."""
-    split: State = {}
+    split: StateDict = {}
     for key, value in state.items():
         if ".attn.kv." in key:
             k, v = value.chunk(2)
@@ -74,7 +74,7 @@ def to_huggingface(state: State) -> State:
     return rename(split, TABLE, to_theirs=True)
 
 
-def from_huggingface(state: State) -> State:
+def from_huggingface(state: StateDict) -> StateDict:
     """`to_huggingface` undone."""
     prefixed = {
         f"segformer.{key}" if key.startswith(BARE) else key: value for key, value in state.items()
@@ -100,7 +100,9 @@ def architecture(name: str) -> dict[str, Any]:
     }
 
 
-def read(state: State, metadata: Mapping[str, Any], path: Path) -> tuple[State, CheckpointInfo]:
+def read(
+    state: StateDict, metadata: Mapping[str, Any], path: Path
+) -> tuple[StateDict, CheckpointInfo]:
     """Under our names and for RGB images, with what the files beside the weights say.
 
     These are `config.json`, and the image processor's file, which lies beside it or, where a

@@ -18,7 +18,7 @@ from typing import Any
 
 from errors import UserError
 from models.base import Normalisation
-from models.layouts import IMAGENET, CheckpointInfo, State, normalisation, rename, swap_channels
+from models.layouts import IMAGENET, CheckpointInfo, StateDict, normalisation, rename, swap_channels
 
 log = logging.getLogger(__name__)
 
@@ -36,17 +36,17 @@ TABLE = (  # ours, theirs
 POINTWISE = re.compile(r"block\d\.\d+\.mlp\.fc[12]\.weight")  # Linear here, 1×1 convolution there
 
 
-def is_nvidias(state: State) -> bool:
+def is_nvidias(state: StateDict) -> bool:
     return any(key.startswith("decode_head.linear_pred.") for key in state)
 
 
-def matches(state: State) -> bool:
+def matches(state: StateDict) -> bool:
     """Whether these are the names of one of the two."""
     first = re.compile(r"(backbone\.)?layers\.\d\.0\.projection\.")
     return is_nvidias(state) or any(first.match(key) for key in state)
 
 
-def from_nvidia(state: State) -> State:
+def from_nvidia(state: StateDict) -> StateDict:
     """Without prefixes these are our names; `conv_seg` is a classifier that nothing uses."""
     bare = {
         key.removeprefix("backbone.").removeprefix("decode_head."): value
@@ -55,13 +55,13 @@ def from_nvidia(state: State) -> State:
     return {key: value for key, value in bare.items() if not key.startswith("conv_seg.")}
 
 
-def from_mmseg(state: State) -> State:
+def from_mmseg(state: StateDict) -> StateDict:
     """mmsegmentation's names to ours; ImageNet encoders come without `backbone.`."""
     theirs = {}
     for key, value in state.items():
         key = re.sub(r"^layers\.", "backbone.layers.", key)
         theirs[key.replace(".in_proj_", ".in_proj.")] = value
-    ours: State = {}
+    ours: StateDict = {}
     for key, value in rename(theirs, TABLE).items():
         if ".attn.qkv." in key:
             c = len(value) // 3
@@ -74,7 +74,9 @@ def from_mmseg(state: State) -> State:
     return ours
 
 
-def read(state: State, metadata: Mapping[str, Any], path: Path) -> tuple[State, CheckpointInfo]:
+def read(
+    state: StateDict, metadata: Mapping[str, Any], path: Path
+) -> tuple[StateDict, CheckpointInfo]:
     """Under our names and for RGB images, with the normalisation that the configuration says.
 
     Where it says nothing, or nothing that can be read with certainty, ImageNet's is taken, which is
@@ -115,7 +117,8 @@ def normalising_steps(text: str) -> Iterator[dict[str, Any]]:
         if "mean" in fields and "std" in fields:
             known = {"type", "mean", "std", "to_rgb", "bgr_to_rgb"} & fields.keys()
             step = {name: ast.literal_eval(fields[name]) for name in known}
-            kind = str(step.get("type", "Normalize")).lower()  # others, as Normal, draw weights
+            # A dict(type="Normal", mean=0, std=0.01) is about the weights at the start.
+            kind = str(step.get("type", "Normalize")).lower()
             if kind.endswith(("normalize", "preprocessor")):
                 yield step
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.layouts import CheckpointInfo, State, rename
+from models.layouts import CheckpointInfo, StateDict, rename
 
 TABLE = (  # ours, theirs
     ("patch_embed1.{rest}", "patch_embed.{rest}"),
@@ -15,11 +15,13 @@ TABLE = (  # ours, theirs
 )
 
 
-def matches(state: State) -> bool:
+def matches(state: StateDict) -> bool:
     """Whether these are its names."""
     return any(key.startswith("stages.0.blocks.") for key in state)
 
 
-def read(state: State, metadata: Mapping[str, Any], path: Path) -> tuple[State, CheckpointInfo]:
+def read(
+    state: StateDict, metadata: Mapping[str, Any], path: Path
+) -> tuple[StateDict, CheckpointInfo]:
     """Under our names. What an encoder that starts a training is given, the training decides."""
     return rename(state, TABLE), CheckpointInfo()
