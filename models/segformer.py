@@ -118,7 +118,7 @@ class AllMLPHead(nn.Module):
         In evaluation BatchNorm's scale and shift are folded in.
         """
         bn = self.linear_fuse.bn
-        device = bn.weight.device.type
+        device = bn.weight.device.type  # "meta", where MACs are counted, has no autocast
         # The products are tiny, and worth full precision where autocast would round them.
         mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if mixed else nullcontext():

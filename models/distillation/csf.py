@@ -14,6 +14,17 @@ from torch import Tensor, nn
 MID_CHANNELS = 64
 
 
+class GlobalAverage(nn.AdaptiveAvgPool2d):
+    """(B, C, h, w) -> (B, C, 1, 1), by a mean.
+
+    torch's own gives the same values in another order in memory, with which the convolutions behind
+    it round differently. It is a pooling by its class, so that `models.info` counts it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
+
+
 def squeeze_and_expand(in_channels: int, channels: int) -> tuple[nn.Sequential, nn.Sequential]:
     """1×1 convolution to 64 channels and 3×3 convolution from them, each with BatchNorm."""
     squeeze = nn.Conv2d(in_channels, MID_CHANNELS, 1, bias=False)
@@ -38,7 +49,7 @@ class SelectiveKernelFusion(nn.Module):
         self.conv1, self.conv2 = squeeze_and_expand(student_channels, teacher_channels)
         if fuses:
             mid, reduced = MID_CHANNELS, MID_CHANNELS // 2
-            self.pool = nn.AdaptiveAvgPool2d(1)
+            self.pool = GlobalAverage(1)
             self.fc = nn.Sequential(
                 nn.Conv2d(mid, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU()
             )
