@@ -33,9 +33,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def draw(factory: pytest.TempPathFactory, dataset: str, train: int, val: int) -> Path:
-    root = factory.mktemp(dataset)
-    write_dataset(root, dataset=dataset, train=train, val=val, height=64, width=128, seed=0)
-    return root
+    size: Any = {"height": 64, "width": 128}
+    return write_dataset(factory.mktemp(dataset), dataset, train=train, val=val, **size)
 
 
 @pytest.fixture(scope="session")

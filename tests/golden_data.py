@@ -18,6 +18,7 @@ from models.distillation import Distiller
 from models.distillation.methods import METHODS as BUILDERS
 from models.distillation.methods import LossOptions
 from models.factory import ENCODERS
+from models.pyramid import DropPath
 
 FOLDER = Path(__file__).parent / "golden"
 INPUTS = {"A": (2, 3, 64, 128), "B": (1, 3, 96, 160), "C": (1, 3, 65, 131)}
@@ -125,6 +126,14 @@ def unseeded(name: str) -> Distiller:
 
 def seeded_teacher(model: str) -> SegmentationModel:
     return seed(create_model(model)).eval().requires_grad_(False)
+
+
+def without_chance(module: nn.Module) -> Any:
+    """Stochastic depth and dropout are off, in training too."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout2d | DropPath):
+            part.eval()
+    return module
 
 
 @cache

@@ -1,5 +1,7 @@
 """Other libraries' SegFormers; mmsegmentation's is written out plainly."""
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,13 +65,9 @@ class MMSegBlock(nn.Module):
         return x + self.ffn.layers(norm_map(self.norm2, x))
 
 
-class ConvModule(nn.Module):
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
+def conv_module(c_in: int, c_out: int) -> nn.Module:
+    conv, bn = nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
+    return nn.Sequential(OrderedDict(conv=conv, bn=bn, activate=nn.ReLU()))
 
 
 class MMSegNetwork(nn.Module):
@@ -89,16 +87,15 @@ class MMSegNetwork(nn.Module):
             numbers = c, encoder.heads[i], encoder.sr_ratios[i]
             blocks = nn.ModuleList(MMSegBlock(*numbers) for _ in range(encoder.depths[i]))
             self.backbone.layers.append(nn.ModuleList([embed, blocks, nn.LayerNorm(c, 1e-6)]))
-        self.decode_head.convs = nn.ModuleList(ConvModule(c, width) for c in encoder.channels)
-        self.decode_head.fusion_conv = ConvModule(4 * width, width)
+        self.decode_head.convs = nn.ModuleList(conv_module(c, width) for c in encoder.channels)
+        self.decode_head.fusion_conv = conv_module(4 * width, width)
         self.decode_head.conv_seg = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, classes, h, w)."""
         maps: list[Tensor] = []
-        for (embed, blocks, norm), conv in zip(
-            self.backbone.layers, self.decode_head.convs, strict=True
-        ):
+        stages = zip(self.backbone.layers, self.decode_head.convs, strict=True)
+        for (embed, blocks, norm), conv in stages:
             x = norm_map(embed.norm, embed.projection(x))
             for block in blocks:
                 x = block(x)

@@ -3,15 +3,11 @@ flags for a command."""
 
 import json
 import os
-import pty
-import re
 import signal
-import subprocess
 import sys
-import termios
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +19,6 @@ import torch
 
 import cli
 from errors import UserError
-from files import ROOT
 from models import create_model, load_model, save_model
 from train.grid import flags as to_words
 from train.logger import Logger
@@ -127,18 +122,3 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Logger, "stepped", and_signal)
-
-
-def in_terminal(columns: int, *arguments: object, cwd: Path = ROOT) -> tuple[int, str]:
-    """The exit code of `python ARGUMENTS…` in a terminal of that width, and what it shows."""
-    ours, its = pty.openpty()
-    termios.tcsetwinsize(its, (24, columns))
-    command = [sys.executable, *map(str, arguments)]
-    process = subprocess.Popen(command, cwd=cwd, stdin=its, stdout=its, stderr=its)
-    os.close(its)
-    shown = b""
-    with suppress(OSError):  # on Linux its end is an error
-        while part := os.read(ours, 65536):
-            shown += part
-    os.close(ours)
-    return process.wait(), re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", shown.decode())

@@ -14,8 +14,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files: dict[str, bytes] = {}
-        self.breaks: dict[str, int] = {}  # files that end after so many bytes, once
-        self.broken = False  # or for ever
+        self.breaks: dict[str, int] = {}  # files that end after so many bytes
         self.refusal: tuple[int, str] | None = None  # status and code of the answer to everything
         self.asked: list[tuple[str, int]] = []  # path and first byte of every file that was sent
 
@@ -26,10 +25,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, content = self.do_HEAD()
         with suppress(ConnectionError):  # the client hangs up, to ask again for a range
-            limit = self.server.breaks.get(path)
-            if not self.server.broken:
-                self.server.breaks.pop(path, None)
-            self.wfile.write(content[:limit])
+            self.wfile.write(content[: self.server.breaks.get(path)])
 
     def do_HEAD(self) -> tuple[str, bytes]:
         """Send the head; returns the path and what is to follow."""

@@ -8,7 +8,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -117,23 +116,17 @@ def test_a_broken_file_stops_the_build_and_leaves_nothing(tree: Path, tmp_path: 
     assert caches(tmp_path / "cache") == []
 
 
-def test_two_builders_at_once(tree, tmp_path, monkeypatch, caplog) -> None:
-    """One builds and the other waits."""
-    read, gate, started = SceneDataset.read, Event(), []
-
-    def read_later(self: SceneDataset, index: int) -> Any:
-        started.append(index)
-        assert gate.wait(30)
-        return read(self, index)
-
-    monkeypatch.setattr(SceneDataset, "read", read_later)
-    with ThreadPoolExecutor() as pool:
-        found = [pool.submit(cached, tree, tmp_path / "cache") for _ in range(2)]
-        while "waiting for another" not in caplog.text and not found[0].done():
+def test_a_second_builder_waits_and_takes_the_firsts(tree, tmp_path, monkeypatch, caplog) -> None:
+    first = cached(tree, tmp_path)
+    folder = first.cache.folder
+    aside = folder.rename(tmp_path / "aside")  # it isn't whole yet
+    monkeypatch.setattr(SceneDataset, "read", None)
+    with ThreadPoolExecutor() as pool, FileLock(next(tmp_path.glob("*.lock"))):
+        second = pool.submit(cached, tree, tmp_path)
+        while "waiting for another" not in caplog.text and not second.done():
             time.sleep(0.01)
-        gate.set()
-    assert sorted(started) == list(range(9)) and len(caches(tmp_path / "cache")) == 1
-    assert all(same(future.result(), open_tree(tree)) for future in found)
+        aside.rename(folder)
+    assert same(second.result(), first)
 
 
 def test_without_a_home_the_cache_is_temporary(monkeypatch, caplog) -> None:

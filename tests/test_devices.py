@@ -47,9 +47,7 @@ def test_a_step_stays_on_its_device(method: str, monkeypatch: pytest.MonkeyPatch
         torch.stack(list(distiller(images, labels, taught).values())).sum().backward()
 
 
-def test_a_training_asks_the_device_for_nothing(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_asks_for_nothing(scenes: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Bytes are sent, and no number comes back before losses are logged: where there are none, as
     here, that would be an error."""
     more = {"accumulate": 2, "batch_size": 4, "max_steps": 2, "clip_grad": 1.0}

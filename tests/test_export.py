@@ -1,5 +1,4 @@
-"""Weights out: every export is read back by the library it is for, and tells what it was made
-from."""
+"""Every export is read back by the library it is for, and tells what it was made from."""
 
 import json
 import resource
@@ -17,9 +16,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import SegformerForSemanticSegmentation, SegformerImageProcessorPil
 
+from datasets import open_split
 from datasets.classes import CITYSCAPES
 from datasets.transforms import resize_image, to_float
 from errors import UserError
+from eval.commands import IoUOptions, score
+from eval.inference import Views, evaluate
+from eval.predictor import Predictor
 from files import ROOT
 from models import SegmentationModel, create_model, load_model, read_checkpoint, save_model
 from models.export import ENDINGS, WRITERS, Options, main
@@ -62,7 +65,6 @@ def logits(model: Any, *images: Any, **inputs: Any) -> Tensor:
 
 
 def export(weights: Path, folder: Path, kind: Any, **flags: Any) -> Path:
-    """Write `out/new` in that format."""
     output = folder / "out" / f"new{ENDINGS[kind]}"
     main(Options(weights=weights, format=kind, output=output, **flags))
     assert [path.name for path in output.parent.iterdir()] == [output.name]
@@ -119,7 +121,7 @@ def exported(tmp_path_factory) -> tuple[SegmentationModel, Path]:
         return model, export(folder / "w.safetensors", folder, "onnx")
 
 
-def test_onnx(exported, tmp_path) -> None:
+def test_onnx(exported, scenes, tmp_path) -> None:
     model, path = exported
     onnx.checker.check_model(path, full_check=True)
     read = OnnxModel(path)
@@ -128,12 +130,23 @@ def test_onnx(exported, tmp_path) -> None:
         expected = logits(model, images)
         close = 1e-5 * expected.abs().max().item()
         torch.testing.assert_close(logits(read, images), expected, rtol=1e-3, atol=close)
-    (tmp_path / "w.onnx").write_bytes(path.read_bytes()[:1000])
+    # It scores as its network does, at the height of its training.
+    counts = score("cityscapes", IoUOptions(scenes, weights=path, num_workers=0)).counts
+    data = open_split("cityscapes", scenes, "val", height=64)
+    assert torch.equal(counts, evaluate(model, data).counts)
+
+    other = tmp_path / "w.onnx"
+    other.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"w\.onnx is no network that models\.export wrote"):
-        OnnxModel(tmp_path / "w.onnx")
+        Predictor(other)
+    file = onnx.load(path)
+    onnx.helper.set_model_props(file, {"classes": json.dumps(["ignore", *CITYSCAPES.names])})
+    onnx.save(file, other)
+    with pytest.raises(UserError, match="in another order"):
+        Predictor(other)
 
 
-def test_onnx_with_the_argmax_inside(tmp_path, monkeypatch) -> None:
+def test_onnx_with_the_argmax_inside(scenes, tmp_path, monkeypatch) -> None:
     """The reader's own network of docs/EXTENDING.md, here with PVTv2's head."""
     page = (ROOT / "docs" / "EXTENDING.md").read_text()
     names: dict[str, Any] = {}
@@ -150,9 +163,17 @@ def test_onnx_with_the_argmax_inside(tmp_path, monkeypatch) -> None:
     model.head.classifier.bias.data[-1] += 1e6
     save_model(model, tmp_path / "w.safetensors")
     path = export(tmp_path / "w.safetensors", tmp_path, "onnx", argmax=True)
-    found = logits(OnnxModel(path), IMAGES)
+    read = OnnxModel(path)
+    found = logits(read, IMAGES)
     assert found.dtype == torch.uint8 and len(found.unique()) > 1
     assert torch.equal(found, logits(model, IMAGES)[:, :19].argmax(1))
+    # Classes are scored, and have nothing to average.
+    data = open_split("cityscapes", scenes, "val", height=64)
+    quarter, full = (evaluate(read, data, protocol=x).counts for x in ("paper", "full"))
+    assert int(quarter.sum()) == 4 * 16 * 32 and not quarter[:, :19, 19].any()
+    assert torch.equal(full.sum(1), 16 * quarter.sum(1))  # enlarged by the nearest, to 64×128
+    with pytest.raises(UserError, match=r"averages need logits; .*without --argmax"):
+        evaluate(read, data, protocol="full", views=Views(flip=True))
 
 
 def test_onnx_in_8_bits(exported, weights, tmp_path, monkeypatch) -> None:

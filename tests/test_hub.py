@@ -52,11 +52,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         monkeypatch.setattr(settings, "HF_HUB_CACHE", str(tmp_path / "cache"))
         weights = save(to_huggingface(NETWORK.state_dict()))
         config = json.dumps(architecture("segformer_b0")).encode()
-        processor = json.dumps({"size": {"shortest_edge": 96}}).encode()
         files = {"model.safetensors": weights, "config.json": config}
         others = {"README.md": b"a card", "pytorch_model.bin": b"the same"}
-        publish(server, "main", others | files | {"preprocessor_config.json": processor})
-        publish(server, "v2", files | {"preprocessor_config.json": b'{"do_normalize": false}'})
+        processor = "preprocessor_config.json"
+        publish(server, "main", others | files | {processor: b'{"size": {"shortest_edge": 96}}'})
+        publish(server, "v2", files | {processor: b'{"do_normalize": false}'})
         yield server
 
 
@@ -95,10 +95,10 @@ def test_what_may_not_be_read_is_refused(refusal: tuple[int, str], hub: Server) 
 
 def test_a_connection_that_breaks(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    hub.breaks[f"{NAME}/resolve/{COMMITS['main']}/model.safetensors"], hub.broken = 0, True
+    hub.breaks[f"{NAME}/resolve/{COMMITS['main']}/model.safetensors"] = 0
     with pytest.raises(UserError, match="the same command continues"):
         load_model(NAME)
-    hub.broken = False
+    hub.breaks.clear()
     assert torch.equal(logits(load_model(NAME)), logits(NETWORK, IMAGENET(IMAGES)))
 
 

@@ -30,21 +30,15 @@ def write_png(path: Path, values: np.ndarray, depth: int) -> Path:
     return path
 
 
-def test_sizes(tmp_path: Path) -> None:
-    """Those of the paper; an image at the right size is untouched."""
+def test_sizes_of_the_paper() -> None:
     sizes = [resized_size(512, size) for size in ((1024, 2048), (1080, 1920), (1920, 1080))]
     assert sizes == [(512, 1024), (512, 910), (910, 512)]
-    image, _ = write_scene(tmp_path, "town_1", (33, 50))
-    pixels, label, _ = open_tree(tmp_path, height=33)[0]
-    assert (pixels.permute(1, 2, 0).numpy() == np.asarray(Image.open(image))).all()
-    assert label.shape == (9, 13)
 
 
 @pytest.mark.parametrize(
     ("array", "words"),
     [
         (np.full((64, 96), 26), "no train ids .*: 26; these look like label ids: name .*_labelIds"),
-        (np.full((64, 96), 200), "no train ids .*: 200; is this a colour map"),
         (np.full((64, 96, 3), 0), "looks like a colour map"),
         (np.zeros((32, 48)), "is 64×96 pixels .* is 32×48"),
     ],
@@ -96,10 +90,9 @@ def test_16_bits(tmp_path: Path) -> None:
 
 
 GREYS = np.arange(256)[:, None].repeat(3, 1)
-CITY = np.concatenate([CITYSCAPES.palette, np.zeros((236, 3), np.uint8)])
-BY_ID = np.zeros((256, 3), np.uint8)
-BY_ID[list(CITYSCAPES.label_ids)] = CITYSCAPES.palette
-BY_ID[255] = CITYSCAPES.palette[13]  # as licence plates are coloured
+CITY = np.zeros((256, 3))
+CITY[:20] = CITYSCAPES.palette
+CITY[255] = CITYSCAPES.palette[13]  # as licence plates are coloured
 
 
 @pytest.mark.parametrize(
@@ -107,8 +100,8 @@ BY_ID[255] = CITYSCAPES.palette[13]  # as licence plates are coloured
     [
         ("train_ids", GREYS[::-1], [255, 252, 237, 0], [0, 3, 18, 19]),
         ("train_ids", CITY, [0, 3, 18, 255], [0, 3, 18, 19]),
-        ("train_ids", np.roll(CITY, 1, axis=0), [0, 3], "3 has the colour of building"),
-        ("label_ids", BY_ID, [0, 7, 26, 255], [19, 0, 13, 19]),
+        ("train_ids", np.roll(CITY, -1, axis=0), [0, 3], "0 has the colour of sidewalk"),
+        ("label_ids", np.roll(CITY, 7, axis=0), [0, 7, 8], [19, 0, 1]),  # sidewalk is 8
         ("train_ids", colormap(256), [0, 3, 18, 255], [0, 3, 18, 19]),  # VOC's
     ],
 )

@@ -1,5 +1,4 @@
-"""Parameters and multiply-accumulates against the published ones, and the command that prints
-them."""
+"""Parameters and multiply-accumulates against the published ones."""
 
 from collections import Counter
 
@@ -55,3 +54,5 @@ def test_mistakes() -> None:
         main(Options(("segformer_b9",)))
     with pytest.raises(UserError, match="it must be at least 32"):
         main(Options(("segformer_b0",), height=31))
+    with pytest.raises(UserError, match="--device meta does not work here"):
+        main(Options(("segformer_b0",), measure=True, device="meta"))

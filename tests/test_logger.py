@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -20,9 +21,7 @@ from train import student
 PICTURES = {"input", "prediction", "target"}
 
 
-def test_windows_on_a_real_server(
-    small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_windows_on_a_real_server(small: Small, tmp_path: Path, caplog: Any) -> None:
     visdom = pytest.importorskip("visdom")
     port = free_port()
     # Without the web assets that its usual start downloads.
@@ -72,9 +71,7 @@ def test_wandb_offline(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list((small.folder / "wandb").glob("offline-run-*"))
 
 
-def test_training_goes_on_without_dashboards(
-    small: Small, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_training_goes_on_without_dashboards(small: Small, monkeypatch: Any, caplog: Any) -> None:
     """A visdom server that never answers, and a file where TensorBoard wants its folder."""
     pytest.importorskip("visdom")
     post = Mock(side_effect=requests.Timeout)

@@ -1,5 +1,6 @@
-"""The paper's ablations and baselines: what each compares, by hand, and by its name."""
+"""Methods by name: what ablations and baselines compare, by hand; in 16 bits, and compiled."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from models import SegmentationModel, SegmentationOutput, create_model, save_mod
 from models.distillation import Distiller
 from models.distillation.methods import METHODS, LossOptions
 from models.distillation.skd import pairwise_similarity_loss
-from tests.golden_data import golden_input, golden_labels, seed
+from models.segformer import CONFIGS
+from tests.golden_data import golden_input, golden_labels, seed, without_chance
 from tests.runs import Small
 from train import TransKDBase, distill
 from train.flags import DistillationOptions
@@ -38,12 +40,6 @@ def build(name: str, student: str = "segformer_b0", **losses: Any) -> Distiller:
     return seed(METHODS[name].build(network, channels, None, LossOptions(**losses)))
 
 
-def losses_of(distiller: Distiller, teacher: SegmentationModel) -> dict[str, torch.Tensor]:
-    images = golden_input("A")
-    taught = teacher(images, logits=distiller.needs_teacher_logits)
-    return distiller(images, golden_labels(), taught)
-
-
 PAIRS = [("transkd_ea", "pvt_v2_b0"), ("transkd_ea", "lvt")]
 PAIRS += [(name, "segformer_b0") for name in METHODS]
 
@@ -52,7 +48,9 @@ PAIRS += [(name, "segformer_b0") for name in METHODS]
 def test_every_method_learns(name: str, student: str, teacher: SegmentationModel) -> None:
     """Its losses, a gradient for every parameter, and the teacher's head only where it counts."""
     distiller = build(name, student).train()
-    losses = losses_of(distiller, teacher)
+    images = golden_input("A")
+    taught = teacher(images, logits=distiller.needs_teacher_logits)
+    losses = distiller(images, golden_labels(), taught)
     assert list(losses) == ["ce", *LOSSES[name]]
     assert distiller.needs_teacher_logits == (name in ("response", "cwd_logits"))
     assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
@@ -64,11 +62,9 @@ def test_every_method_learns(name: str, student: str, teacher: SegmentationModel
     assert first.grad is not None and first.grad.abs().max() > 0
 
 
-def test_weights_and_temperatures_of_baselines() -> None:
-    for name in ("cwd_logits", "cwd"):
-        distiller = build(name, kd_weight=2.0, kd_temperature=3.0)
-        loss = distiller.logits_loss or distiller
-        assert (loss.weight, loss.temperature) == (2.0, 3.0)
+def test_weight_and_temperature_of_a_baseline() -> None:
+    cwd = build("cwd", kd_weight=2.0, kd_temperature=3.0)
+    assert (cwd.weight, cwd.temperature) == (2.0, 3.0)
 
 
 def test_response_is_hintons_loss_over_the_classes_that_count() -> None:
@@ -100,6 +96,38 @@ def test_pairwise_similarities() -> None:
     torch.testing.assert_close(pairwise_similarity_loss(s, t), expected)
     assert pairwise_similarity_loss(t, 3 * t) < 1e-12
     assert pairwise_similarity_loss(s[:, :, :1, :1], t[:, :, :1, :1]) < 1e-12  # a single place
+
+
+@pytest.mark.parametrize("name", ["transkd_ea", "response", "cwd", "skd"])
+def test_mixed_precision_keeps_losses_in_float32(name: str, teacher: SegmentationModel) -> None:
+    distiller = build(name, logits_weight=1.0).eval()
+    images = golden_input("A")
+    found = []
+    for mixed in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            found.append(distiller(images, golden_labels(), teacher(images)))
+    exact, rounded = found
+    for term, loss in rounded.items():
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(exact[term].item(), rel=0.05), term
+
+
+@pytest.mark.slow
+def test_a_step_is_one_graph(teacher: SegmentationModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `--compile` and CUDA graphs need it, with the losses and gradients of a plain step."""
+    encoder, width = CONFIGS["segformer_b0"]
+    shallow = replace(encoder, depths=(1, 0, 0, 1))  # every block takes seconds
+    monkeypatch.setitem(CONFIGS, "segformer_b0", (shallow, width))
+    distiller = without_chance(build("transkd_ea", logits_weight=1.0).train().requires_grad_(False))
+    weight = distiller.student.head.classifier.weight.requires_grad_()
+    compiled = torch.compile(distiller, backend="aot_eager", fullgraph=True, dynamic=False)
+    images = golden_input("A")
+    found = []
+    for step in (distiller, compiled):
+        losses = step(images, golden_labels(), teacher(images))
+        (gradient,) = torch.autograd.grad(sum(losses.values()), weight)
+        found.append((losses, gradient))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_a_teacher_of_other_classes(small: Small) -> None:

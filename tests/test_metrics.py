@@ -65,9 +65,6 @@ def test_scores_of_a_map_counted_by_hand() -> None:
     for wrong, error in ((prediction[..., :1], "differ"), (torch.zeros(1, 21, 1, 5), "21")):
         with pytest.raises(ValueError, match=error):
             matrix.update(wrong, truth)
-
-
-def test_nothing_counted() -> None:
-    scores = ConfusionMatrix(CITYSCAPES).scores()
-    assert json.loads(json.dumps(scores, allow_nan=False)) == scores
-    assert [percent(fraction) for fraction in (0.68576, scores["mean_iou"])] == ["68.58", "–"]
+    nothing = ConfusionMatrix(CITYSCAPES).scores()
+    assert json.loads(json.dumps(nothing, allow_nan=False)) == nothing
+    assert percent(nothing["mean_iou"]) == "–"

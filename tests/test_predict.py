@@ -54,17 +54,17 @@ def photographs(tmp_path_factory) -> Path:
     return root
 
 
-def film(path: Path, times: Any, codec: str = "libx264", aspect: Any = 1) -> list[bytes]:
+def film(path: Path, *times: int) -> list[bytes]:
     """A video of 80×150 whose frames are shown at these milliseconds; returns its packets."""
     rng, packets = np.random.default_rng(1), []
     path.parent.mkdir(exist_ok=True)
     with av.open(str(path), "w", metadata_errors="surrogateescape") as container:
         container.metadata["title"] = "caf\udce9"  # in an encoding of old
-        stream: Any = container.add_stream(codec, rate=Fraction(25, 2))
+        stream: Any = container.add_stream("mjpeg", rate=Fraction(25, 2))
         stream.width, stream.height = 150, 80
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.pix_fmt = "yuvj420p"
         stream.codec_context.time_base = MILLISECOND
-        stream.codec_context.sample_aspect_ratio = aspect
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
         for time in times:
             blocks = rng.integers(0, 256, (8, 15, 3), np.uint8).repeat(10, 0).repeat(10, 1)
             frame = av.VideoFrame.from_ndarray(blocks).reformat(format=stream.pix_fmt)
@@ -157,7 +157,7 @@ def test_what_the_page_shows(weights, photographs) -> None:
 def test_a_damaged_file_costs_itself_alone(weights, photographs, tmp_path, caplog) -> None:
     folder, long = tmp_path / "in", 251 * "x"  # names may have 255 bytes
     whole = (photographs / "a.png").read_bytes()
-    film(folder / "z.mkv", [0, 80])
+    film(folder / "z.mkv", 0, 80)
     (folder / "a.png").write_bytes(whole[:2000])
     (folder / "b.png").write_bytes(whole)
     (folder / f"{long}.png").write_bytes(whole)
@@ -169,30 +169,27 @@ def test_a_damaged_file_costs_itself_alone(weights, photographs, tmp_path, caplo
     assert "cut.mp4 can't be read as a video: Invalid data" in caplog.text
 
 
-def test_a_video(weights, tmp_path) -> None:
-    drive, out = tmp_path / "drive.mkv", tmp_path / "out"
-    film(drive, range(0, 400, 80))
+def test_a_video(weights, tmp_path, caplog) -> None:
+    """Times and shape are kept around a broken packet."""
+    drive, out = tmp_path / "drive.mp4", tmp_path / "out"
+    packets = film(drive, 0, 40, 200, 400, 440, 1000)
+    frames, _, aspect = shown(drive)
+    drive.write_bytes(drive.read_bytes().replace(packets[2], bytes(len(packets[2]))))
     main(Options((str(drive),), weights, out, kinds=KINDS, batch_size=2))
-    ids = [f"label_ids/drive.mkv/{index:06}.png" for index in range(5)]
+    assert "packets that can't be decoded and are skipped: 1" in caplog.text
+    ids = [f"label_ids/drive.mp4/{index:06}.png" for index in range(5)]
     videos = [f"{kind}/drive.mp4" for kind in KINDS if kind != "label_ids"]
     assert names(out) == {*videos, *ids}
     colors, overlays, rows = (shown(out / name)[0] for name in videos)
+    _, times, shape = shown(out / videos[0])
+    assert times == pytest.approx([0, 0.04, 0.4, 0.44, 1], abs=1e-3)
+    assert shape == aspect == Fraction(4, 3)
     assert len(overlays) == len(rows) == 5 and len({row.size for row in rows}) == 1
-    for index, frame in enumerate(shown(drive)[0]):
+    for index, frame in enumerate(frames[:2] + frames[3:]):
         labels = expected(weights, frame)
         assert equal(Image.open(out / ids[index]), IDS[labels]) and len(np.unique(labels)) > 3
         difference = np.abs(np.asarray(colors[index], float) - CITYSCAPES.palette[labels])
         assert difference.mean() < 20  # what compression costs
-
-
-def test_times_and_shape_are_kept_around_a_broken_packet(weights, tmp_path, caplog) -> None:
-    path, aspect = tmp_path / "a.mp4", Fraction(4, 3)
-    packet = film(path, [0, 40, 200, 400, 440, 1000], "mjpeg", aspect)[2]
-    path.write_bytes(path.read_bytes().replace(packet, bytes(len(packet))))
-    main(Options((str(path),), weights, tmp_path, kinds=("color",)))
-    _, times, shape = shown(tmp_path / "color/a.mp4")
-    assert times == pytest.approx([0, 0.04, 0.4, 0.44, 1], abs=1e-3) and shape == aspect
-    assert "packets that can't be decoded and are skipped: 1" in caplog.text
 
 
 def test_a_turned_video_of_odd_size(weights, tmp_path) -> None:
@@ -218,7 +215,7 @@ def test_an_end_in_the_middle_leaves_no_half_video(weights, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Video, "frames", some_frames)
-    film(tmp_path / "a.mkv", [0])
+    film(tmp_path / "a.mkv", 0)
     with pytest.raises(KeyboardInterrupt):
         main(Options((str(tmp_path / "a.mkv"),), weights, tmp_path / "out", batch_size=4))
     assert not names(tmp_path / "out")
@@ -230,7 +227,6 @@ def test_an_end_in_the_middle_leaves_no_half_video(weights, tmp_path, monkeypatc
         ({"inputs": ("in/*.txt",)}, r"no photograph or video at 'in/\*\.txt'"),
         ({"inputs": ("in/a.png", "color/a.png")}, "2 of the inputs would become"),
         ({"alpha": 1.5}, "--alpha"),
-        ({}, "no weights at nowhere.pth"),
         ({"inputs": ("a.mp4",)}, r"pip install -r requirements/video\.txt"),
     ],
 )

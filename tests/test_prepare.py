@@ -75,7 +75,6 @@ def empty_folder(tmp_path, monkeypatch) -> None:
 
 
 def refuse_half(dataset, name) -> None:
-    """A download that broke off is named, and nothing is written."""
     archive = DOWNLOADS / name
     whole = archive.read_bytes()
     archive.write_bytes(whole[: len(whole) // 2])
@@ -87,13 +86,13 @@ def refuse_half(dataset, name) -> None:
 
 def test_cityscapes(capsys) -> None:
     """Also after a member with a wrong check sum: those before it are there, whole, and stay."""
-    images, truth = {"license.txt": b"terms"}, {}
+    images, truth = {}, {}
     for key in ("train/a/0", "train/a/1", "train/a/2", "val/b/0", "val/b/1", "test/c/0"):
         images[f"leftImg8bit/{key}_leftImg8bit.png"] = photograph()
         truth[f"gtFine/{key}_gtFine_labelIds.png"] = LABEL
-        truth[f"gtFine/{key}_gtFine_polygons.json"] = b"{}"
-    write_zip(IMAGES, images)
-    write_zip(LABELS, truth)
+    # Nobody wants the rest; the second is as ACDC has the same places in fair weather.
+    write_zip(IMAGES, images | {"license.txt": b"terms", "fog/train_ref/1_rgb_anon.png": b"fair"})
+    write_zip(LABELS, truth | {"gtFine/train/a/0_gtFine_polygons.json": b"{}"})
     refuse_half("cityscapes", LABELS)
 
     whole = (DOWNLOADS / IMAGES).read_bytes()
@@ -110,24 +109,9 @@ def test_cityscapes(capsys) -> None:
 
     (DOWNLOADS / IMAGES).write_bytes(whole)
     run("cityscapes", DOWNLOADS / IMAGES, DOWNLOADS / LABELS)
-    endings = ("_leftImg8bit.png", "_labelIds.png")
-    expected = {name: data for name, data in (images | truth).items() if name.endswith(endings)}
-    assert content(DATA) == expected and (DATA / first).stat().st_mtime_ns == written
+    assert content(DATA) == images | truth and (DATA / first).stat().st_mtime_ns == written
     assert len(labels("cityscapes", "train")) == 3
     assert "40×60 (3)" in capsys.readouterr().out
-
-
-def test_acdc() -> None:
-    """The same places in fair weather are left out."""
-    images, truth = {}, {}
-    for condition in ("fog", "night", "rain", "snow"):
-        for subset in ("train", "train_ref", "val", "test"):
-            images[f"rgb_anon/{condition}/{subset}/GOPR/1_rgb_anon.png"] = photograph()
-            truth[f"gt/{condition}/{subset}/GOPR/1_gt_labelTrainIds.png"] = LABEL
-    write_zip("rgb_anon_trainvaltest.zip", images)
-    write_zip("gt_trainval.zip", truth)
-    run("ACDC")
-    assert content(DATA) == {n: c for n, c in (images | truth).items() if "_ref/" not in n}
 
 
 def test_camvid() -> None:
@@ -152,7 +136,6 @@ def test_camvid() -> None:
 
 
 def test_nyuv2() -> None:
-    """Five frames in MATLAB's order of axes, of 894 classes."""
     images = RNG.integers(0, 256, (5, *SIZE, 3), np.uint8)
     classes = RNG.integers(0, 895, (5, *SIZE))
     mapping = RNG.integers(1, 41, 894)

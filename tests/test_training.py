@@ -2,28 +2,25 @@
 
 import json
 import re
-import signal
 import sys
-from functools import partial
 from itertools import count
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from datasets import SceneDataset, open_split, to_float
+from datasets import Augmentation, SceneDataset, open_split, to_float
 from eval.inference import evaluate
 from models import create_model, load_model
 from models.checkpoints import read_checkpoint
 from models.distillation import Distiller
 from models.layouts import IMAGENET
 from tests import runs
-from tests.conftest import ROOT, write_dataset
+from tests.conftest import ROOT, Command, write_dataset
 from tests.golden_data import load
 from tests.runs import Small
 from train import TransKD_EA, TransKD_GLMixer, TransKDBase, student, teacher
@@ -50,44 +47,18 @@ def test_what_a_run_leaves(small: Small, weathers: Path) -> None:
     assert (small.folder / "last.pt").read_bytes() == before
 
 
-def test_the_published_command(small: Small) -> None:
-    """From the scripts' folder, as the original's README does it, in a terminal; the loss falls."""
+def test_the_published_command(small: Small, command: Command) -> None:
+    """From the scripts' folder, as the original's README does it; the loss falls."""
     more = {"num_epochs": 6, "validate_every": 8, "lr": 1e-3}
     flags = runs.flags_of(student, small.datadir, small.folder, **more)
-    code, shown = runs.in_terminal(80, "student.py", *flags, cwd=ROOT / "train")
-    assert code == 0 and "val mIoU" in shown and "done: " in shown, shown
-    lines = [line for line in re.split(r"[\r\n]+", shown) if "/30 " in line]
-    assert all(len(line) <= 80 for line in lines)
-    last = r"epoch 6: +\S+ +30/30 +\d+\.\d+ steps/s +00:00 left, \d+\.\d images/s  lr"
-    assert re.match(last, lines[-1]), lines
+    done = command("student.py", *flags, cwd=ROOT / "train")
+    assert done.returncode == 0 and "val mIoU" in done.stderr and "done: " in done.stderr, done
+    last = r"epoch 6: +\S+ +30/30 +\d+\.\d+ steps/s +00:00 left, \d+\.\d images/s  lr \S+  ce \d"
+    assert re.match(last, done.stderr.splitlines()[-1]), done
     ce = [losses["ce"] for losses in small.losses()]
     assert len(ce) == 30 and sum(ce[-5:]) < 0.7 * sum(ce[:5])
     (begin,) = small.records("start")
     assert begin["total_steps"] == 30 and begin["device"] and "--datadir" in begin["command"]
-
-
-def test_resume_is_exact(
-    small: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """After a signal at an epoch's end; test_recipes.py has one in mid-epoch."""
-    often = partial(torch.amp.GradScaler, init_scale=256.0, growth_interval=2)  # it changes often
-    monkeypatch.setattr(torch.amp, "GradScaler", often)
-    more = {"max_steps": 7, "precision": "fp16", "clip_grad": 1.0}
-    small.train(TransKDBase, "whole", **more)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        runs.signal_at(patch, 5)
-        small.train(TransKDBase, "parts", resume="auto", **more)
-    assert end.value.code == 128 + signal.SIGTERM
-    said = "interrupted at step 5; the same command with --resume continues"
-    assert said in capsys.readouterr().err
-    small.train(TransKDBase, "parts", resume="auto", num_workers=2, **more)
-    for name in ("student.safetensors", "student_best.safetensors"):
-        small.require_equal(f"whole/{name}", f"parts/{name}")
-    assert small.steps("parts") == list(range(1, 8))
-    assert small.losses("parts") == small.losses("whole")
-    assert small.records("val", "parts") == small.records("val", "whole")
-    whole, parts = (torch.load(small.folder / run / "last.pt") for run in ("whole", "parts"))
-    assert whole["scaler"] == parts["scaler"] and whole["scaler"]
 
 
 def test_schedule() -> None:
@@ -102,7 +73,6 @@ def test_schedule() -> None:
     [
         (student, {"datadir": "nowhere"}, "^no .png or .jpg images in nowhere/leftImg8bit/train"),
         (student, {"num_epochs": 2000}, "--lr-decay-epochs"),
-        (student, {"resume": True}, "^no whole checkpoint in .*there is none"),
         (student, {"accumulate": 3}, "--batch-size 2 can't be divided by 3"),
         (student, {"compile_mode": "max-autotune", "accumulate": 2}, "without --accumulate"),
         (student, {"published_shift": True, "loss_size": "full"}, "^--published-shift goes"),
@@ -111,13 +81,10 @@ def test_schedule() -> None:
         (student, {"visualize": True}, "^visdom is not installed; pip .*README.md"),
         (student, {"student_pretrained": True}, "-m models.zoo download mit_b0"),
         (teacher, {}, "-m models.zoo download mit_b2, .*--from-scratch"),
-        (TransKDBase, {"teacher_weights": "no.pth"}, "no weights at no.pth"),
         (TransKDBase, {"teacher_weights": None}, "download segformerb2_teacher_cityscapes"),
     ],
 )
-def test_mistakes(
-    script: ModuleType, more: Any, says: str, small: Small, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes(script: Any, more: Any, says: str, small: Small, monkeypatch: Any) -> None:
     """They are found before anything long is begun: no image has been read."""
     monkeypatch.setattr("train.networks.ROOT", small.folder)
     monkeypatch.setattr("train.networks.OUTPUTS", small.folder)
@@ -135,11 +102,6 @@ def test_where_a_teacher_is_looked_for(tmp_path: Path, monkeypatch: pytest.Monke
     for path in (tmp_path / "segformerb2_teacher_acdc.pth", own):
         path.touch()
         assert teacher_path(DistillationOptions(), "ACDC") == path
-
-
-def test_a_folder_of_another_user(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("filelock.FileLock.acquire", Mock(side_effect=PermissionError))
-    small.refused("can't write to .*; choose another --output-dir", student)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "whole"])
@@ -226,11 +188,16 @@ def test_it_is_saved_every_so_many_minutes(small: Small, monkeypatch: pytest.Mon
     assert saved == [3, 6, 8]  # after 75 seconds, and at the end
 
 
-def test_class_weights(small: Small) -> None:
-    """The published ones are in the validation loss above."""
+def test_flags_of_the_data(small: Small) -> None:
+    """Training images alone are augmented; the published weights are in the loss above."""
+    augment = Augmentation(flip=False, shift=1, crop=(66, 70), seed=3)
+    flags = {"flip": False, "shift": 1, "crop": [66, 70], "seed": 3}
     for kind in ("none", "dataset"):
-        more = {"output_dir": small.folder / kind, "class_weights": kind}
-        run = start(runs.options_of(student, small.datadir, small.folder, **more))
+        more = flags | {"class_weights": kind}
+        run = start(runs.options_of(student, small.datadir, small.folder / kind, **more))
+        assert (run.train_set.augment, run.val_set.augment) == (augment, None)
+        item = run.train_set[1, 0]  # cut at full size, and the label then reduced to a quarter
+        assert (item.image.shape[1:], item.label.shape) == ((66, 70), (17, 18))
         counted = run.train_set.count_class_weights()
         assert run.class_weights() == (None if kind == "none" else counted)
 
