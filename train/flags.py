@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from datasets import DATASETS
@@ -49,6 +50,9 @@ def _resume(words: list[str]) -> str:
         raise ValueError(f"{words[0]!r} is not auto")
     return words[0] if words else "always"
 
+
+Model = Annotated[Literal[MODELS], tyro.conf.arg(metavar="MODEL")]  # type: ignore[valid-type]
+"""A name in models/factory.py; the help has no room for all of them."""
 
 Resume = Annotated[
     str,
@@ -198,8 +202,8 @@ class HardwareOptions:
 
 @dataclass(kw_only=True)
 class StudentOptions:
-    student_model: Literal[MODELS] = "segformer_b0"  # type: ignore[valid-type]
-    """Architecture of the student."""
+    student_model: Model = "segformer_b0"
+    """Architecture of the student: segformer_b0 … b5, pvt_v2_b0 … b5, or lvt."""
     student_weights: Path | None = local(None)
     """Start the student from these weights (an ImageNet encoder or a whole network; a file, or a
     name of the Hugging Face hub such as nvidia/mit-b0) instead of from scratch."""
@@ -209,7 +213,7 @@ class StudentOptions:
 
 @dataclass(kw_only=True)
 class DistillationOptions(LossOptions):
-    teacher_model: Literal[MODELS] | None = None  # type: ignore[valid-type]
+    teacher_model: Annotated[Model | None, tyro.conf.arg(metavar="{None}|MODEL")] = None
     """Architecture of the teacher. Default: that of its weights."""
     teacher_weights: Path | None = local(None)
     """A trained teacher: a file, or a name of the Hugging Face hub. Default: what train/teacher.py

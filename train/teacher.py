@@ -10,16 +10,14 @@ distillation scripts.
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
 import cli
 from models.distillation import Distiller
-from models.factory import MODELS
 from train.engine import train
-from train.flags import RecipeOptions, local
+from train.flags import Model, RecipeOptions, local
 from train.networks import new_network
 from train.options import TrainingOptions
 from train.setup import start
@@ -29,8 +27,8 @@ from train.setup import start
 class TeacherOptions:
     """The network that learns."""
 
-    teacher_model: Literal[MODELS] = "segformer_b2"  # type: ignore[valid-type]
-    """Architecture."""
+    teacher_model: Model = "segformer_b2"
+    """Architecture: segformer_b0 … b5, pvt_v2_b0 … b5, or lvt."""
     teacher_weights: Path | None = local(None)
     """Start from these weights (an ImageNet encoder or a whole network; a file, or a name of the
     Hugging Face hub) instead of ckpt_pretrained/."""
