@@ -31,7 +31,7 @@ from benchmarks import published
 from benchmarks.cases import FULL, ORIGINAL, QUICK, Sizes, Step, drawn_scenes, prediction
 from benchmarks.measure import Row, machine, peak_memory, seconds, table
 from datasets import Augmentation, training_batches
-from eval.commands import ColorOptions, IoUOptions, paint, score
+from eval.commands import ColorOptions, IoUOptions, render, score
 from files import OUTPUTS, ROOT, read_json, write_json
 from models import create_model
 from models.distillation.methods import PUBLISHED
@@ -246,7 +246,7 @@ def learn(options: Options, data: Path) -> list[dict[str, Any]]:
         full = IoUOptions(data, **common, protocol="full", json=file.with_name("full.json"))
         miou = score("cityscapes", full).as_json()["mean_iou"]
         pictures = file.with_name("colour")
-        paint("cityscapes", ColorOptions(data, **common, overlay=0.5, output_dir=pictures))
+        render("cityscapes", ColorOptions(data, **common, overlay=0.5, output_dir=pictures))
         rows.append({"run": file.parent.name, "paper": paper["mean_iou"], "full": miou})
     for run in rows:
         print("{run:20} quarter-size maps {paper:.2%}, full {full:.2%}".format(**run))

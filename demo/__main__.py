@@ -22,7 +22,7 @@ from PIL import Image
 from datasets import open_split
 from demo.scenes import WEATHERS, write_dataset
 from errors import UserError
-from eval.commands import ColorOptions, IoUOptions, paint, score
+from eval.commands import ColorOptions, IoUOptions, render, score
 from eval.rendering import colorize, side_by_side
 from eval.report import write_report
 from files import OUTPUTS, ROOT, read_json
@@ -151,7 +151,7 @@ def evaluate(weights: Path, data: Path, weathers: Path) -> dict[str, Any]:
     file = run / "eval.json"
     score("cityscapes", IoUOptions(data, weights=weights, num_workers=0, json=file))
     by_weather = score("ACDC", IoUOptions(weathers, weights=weights, num_workers=0)).as_json()
-    paint("cityscapes", ColorOptions(data, weights=weights, size="full", output_dir=run / "color"))
+    render("cityscapes", ColorOptions(data, weights=weights, size="full", output_dir=run / "color"))
     everything = {"all four": {"mean_iou": by_weather["mean_iou"]}}
     return (read_json(file) or {}) | {"conditions": everything | by_weather["conditions"]}
 

@@ -152,7 +152,7 @@ def iou_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def paint(dataset: str, options: ColorOptions) -> list[Path]:
+def render(dataset: str, options: ColorOptions) -> list[Path]:
     """Render every image of the split, say where the pictures are, write `--json`."""
     wanted = {"label_ids": options.label_ids, "train_ids": options.train_ids}
     wanted["overlay"] = options.overlay is not None

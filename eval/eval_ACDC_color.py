@@ -13,11 +13,11 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
 import cli
-from eval.commands import ColorOptions, paint
+from eval.commands import ColorOptions, render
 
 
 def main(options: ColorOptions) -> None:
-    paint("ACDC", options)
+    render("ACDC", options)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run from any folder
 
 import cli
-from eval.commands import ColorOptions, paint
+from eval.commands import ColorOptions, render
 
 
 def main(options: ColorOptions) -> None:
-    paint("cityscapes", options)
+    render("cityscapes", options)
 
 
 if __name__ == "__main__":

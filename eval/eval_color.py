@@ -13,7 +13,7 @@ if __package__ in (None, ""):
 
 import cli
 from datasets import DATASETS
-from eval.commands import ColorOptions, paint
+from eval.commands import ColorOptions, render
 
 
 @dataclass(kw_only=True)
@@ -23,7 +23,7 @@ class Options(ColorOptions):
 
 
 def main(options: Options) -> None:
-    paint(options.dataset, options)
+    render(options.dataset, options)
 
 
 if __name__ == "__main__":

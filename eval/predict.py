@@ -167,7 +167,7 @@ def predict_video(
     # A legend of the classes in a frame would change the picture's size from frame to frame.
     present = range(classes.num_classes)
 
-    def paint(predicted: tuple[int, Image.Image, np.ndarray]) -> list[Image.Image]:
+    def draw_kinds(predicted: tuple[int, Image.Image, np.ndarray]) -> list[Image.Image]:
         _, frame, labels = predicted
         return [draw(kind, labels, classes, frame, options.alpha, present) for kind in targets]
 
@@ -177,7 +177,7 @@ def predict_video(
             if kind != "label_ids":
                 adders[kind] = stack.enter_context(writing_video(path, video.stream))
         predicted = predictor.predict(video.frames(), options.batch_size)
-        painted = track(ahead(threads, paint, predicted, 4), source.name, count)
+        painted = track(ahead(threads, draw_kinds, predicted, 4), source.name, count)
         for index, ((time, _, _), pictures) in enumerate(painted):
             for kind, picture in zip(targets, pictures.result(), strict=True):
                 if kind == "label_ids":

@@ -211,7 +211,7 @@ def test_runs_have_folders_of_their_own(cityscapes, flags, tmp_path, monkeypatch
     given = flags | {"weights": Path("~/run/student.pth"), "subset": "test"}
     options = ColorOptions(cityscapes, **given, json=Path("~/x.json"))
     for folder in ("color/student", "color/run/student"):
-        (made,) = commands.paint("cityscapes", options)
+        (made,) = commands.render("cityscapes", options)
         assert made.is_relative_to(tmp_path / folder)
         assert json.loads((tmp_path / "x.json").read_text())["files"] == [str(made)]
         (tmp_path / "run" / "options.json").write_text("{}")  # from now on it is a run's folder
