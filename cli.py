@@ -19,6 +19,7 @@ import tyro
 from errors import UserError
 
 T = TypeVar("T")
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 
 
 def run(main: Callable[[T], None], options: type[T]) -> None:
@@ -37,9 +38,9 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
     except UserError as error:
         _refuse(str(error))
     except (MemoryError, RuntimeError) as error:
-        # torch has an exception of its own for a GPU's memory, and none for the host's.
+        # torch has an exception of its own for a GPU's memory; the host and libraries have texts.
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not out_of_memory and "can't allocate memory" not in str(error):
+        if not out_of_memory and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
         _refuse("out of memory; lower --batch-size or --height, or split batches by --accumulate")
     except KeyboardInterrupt:
@@ -94,7 +95,8 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # which "meta", that computes nothing, refuses
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} does not work here; use cpu or auto") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device {name} does not work here ({reason}); use cpu") from error
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # else pinned memory would wake the first GPU as well
     if device.type == "cpu" and sys.platform == "linux":

@@ -59,6 +59,7 @@ class Step:
         distiller = METHODS[PUBLISHED[method]].build(student, teacher.channels, weights)
         self.original = original
         self.precision = precision
+        self.has_graphs = compile_mode not in (None, "default")
         if original:
             published.slowed(student)
             published.slowed(teacher)
@@ -81,6 +82,8 @@ class Step:
             networks = self.distiller, self.teacher, self.optimizer
             return published.published_step(*networks, self.images, self.labels)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.has_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # as in train/engine.py
         enabled = self.precision is not None
         with torch.autocast(self.images.device.type, self.precision, enabled=enabled):
             with torch.no_grad():

@@ -167,15 +167,16 @@ def evaluate(
         for images, labels, indices in batches:
             if protocol == "full":  # decoded while the network computes
                 waiting = [readers.submit(dataset.full_label, index) for index in indices.tolist()]
+            truths = labels.to(device, non_blocking=True)
             logits = network(images) if views.once else None
             if class_weights is not None and logits is not None:
-                truth = labels.to(device).long()
+                truth = truths.long()
                 total = F.cross_entropy(logits.float(), truth, class_weights, reduction="sum")
                 loss += torch.stack([total, class_weights[truth].sum()])
             for row, index in enumerate(indices.tolist()):
-                label = labels[row]
+                label = truths[row]
                 if protocol == "full":
-                    label = torch.as_tensor(waiting[row].result())
+                    label = torch.as_tensor(waiting[row].result()).to(device, non_blocking=True)
                 if logits is None:
                     photograph = dataset.photograph(index)
                     height = dataset.height
@@ -187,7 +188,7 @@ def evaluate(
                 if prediction.is_floating_point():  # NaN would count as the first class
                     not_finite += ~prediction.isfinite().all()
                 matrix = ConfusionMatrix(classes, counts=counts[index])
-                matrix.update(prediction[None], label.to(device, non_blocking=True)[None])
+                matrix.update(prediction[None], label[None])
     model.train(was_training)
     if in_group:
         dist.all_reduce(counts)

@@ -44,7 +44,7 @@ needs_cuda = pytest.mark.skipif(not CUDA, reason="of CUDA alone")
 SEGFORMERS = ["transkd_base_b0", "transkd_gl_b0", "transkd_ea_b0"]
 OTHERS = ["transkd_base_pvt_v2_b0", "transkd_base_lvt", "mit_b0"]
 KINDS = ["fp32", pytest.param("tf32", marks=needs_cuda), "bf16"]
-BOUNDS = {"fp32": (1e-4, 1e-4, 5e-3), "tf32": (1e-2, 5e-3, 5e-2), "bf16": (1e-1, 3e-2, 2e-1)}
+BOUNDS = {"fp32": (1e-4, 1e-4, 2e-2), "tf32": (1e-2, 5e-3, 5e-2), "bf16": (1e-1, 3e-2, 2e-1)}
 """Of logits, losses, gradients."""
 
 
@@ -68,6 +68,7 @@ class Step:
     def __call__(self, kind: str = "fp32") -> dict[str, Tensor]:
         """As training computes them, and their total."""
         taught = None
+        torch.compiler.cudagraph_mark_step_begin()  # as training does with CUDA graphs
         with matmuls(kind):
             if self.teacher is not None:
                 with torch.no_grad():
@@ -213,23 +214,24 @@ def test_16_bits_give_no_nan(
 ) -> None:
     """A loss or weight that is not finite ends a run."""
     steps = 200 if CUDA else 4
-    flags = ("--precision", precision, "--max-steps", steps, "--num-epochs", 500, "--lr", 1e-3)
+    length = ("--max-steps", steps, "--num-epochs", 500, "--validate-every", 100)
+    flags = ("--precision", precision, "--lr", 1e-3, *length)
     done = command(*training(scenes, tmp_path, *flags))
     assert done.returncode == 0, done.stderr
 
 
-@needs_cuda
 def test_one_process_under_torchrun(scenes: Path, tmp_path: Path, command: Command) -> None:
-    """By NCCL, with BatchNorm over all processes."""
+    """DistributedDataParallel by NCCL, with BatchNorm over all processes."""
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", 1, "--master-port", free_port())
-    flags = ("--max-steps", 3, "--sync-batchnorm", "--precision", "bf16")
+    flags = ["--max-steps", 3, "--precision", "bf16", *(["--sync-batchnorm"] if CUDA else [])]
     done = command(*launcher, *training(scenes, tmp_path, *flags))
     assert done.returncode == 0, done.stderr
 
 
 @needs_cuda
 def test_too_little_memory_ends_in_one_line(scenes: Path, tmp_path: Path, command: Command) -> None:
-    start = "import runpy, sys, torch; torch.cuda.set_per_process_memory_fraction(1e-3)\n"
+    start = "import runpy, sys, torch; whole = torch.cuda.get_device_properties(0).total_memory\n"
+    start += "torch.cuda.set_per_process_memory_fraction(3e7 / whole)  # twice the weights\n"
     start += "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
     done = command("-c", start, *training(scenes, tmp_path, "--max-steps", 1))
     assert done.returncode == 2 and "out of memory; lower --batch-size" in done.stderr

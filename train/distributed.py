@@ -47,7 +47,9 @@ def init(device: str) -> torch.device:
     gpus = device != "cpu" and torch.cuda.is_available()
     if started > 1 and device in ("auto", "cuda") and gpus:
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU for each process of a node
-    if started > 1 and not dist.is_initialized():
+    # One process of torchrun's is a group as well: what works with it works with several.
+    in_group = started > 1 or dist.is_torchelastic_launched()
+    if in_group and not dist.is_initialized():
         # If DistributedDataParallel loads it, later, its default arguments hold the group for good.
         importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "cpu:gloo")
@@ -60,12 +62,15 @@ def wrap(module: nn.Module, device: torch.device, *, find_unused: bool) -> nn.Mo
 
     `find_unused`: a step may leave some parameters unused.
     """
-    if world_size() == 1:
+    if not dist.is_initialized():
         return module
     # Depthwise weights get channels_last gradients, which are copied: a note about speed alone.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=find_unused)
+    # Buffers, BatchNorm's statistics, are not read in training: see `broadcast_buffers`.
+    return DistributedDataParallel(
+        module, device_ids=ids, find_unused_parameters=find_unused, broadcast_buffers=False
+    )
 
 
 def mean(values: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -57,7 +58,7 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
     if teacher is not None:
         # Its convolutions in the order of their inputs, once instead of at every step.
         teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if options.hardware.sync_batchnorm and distributed.world_size() > 1:
+    if options.hardware.sync_batchnorm and dist.is_initialized():
         nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
     class_weights = distiller.class_weights.cpu()  # once: a step must not wait for the device
     optimizer = new_optimizer(distiller, recipe)
@@ -94,6 +95,10 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
             scales = loss_scales(group, class_weights, device)
             for batch, (ce, others) in zip(group, scales, strict=True):
                 images, labels = to_device(batch, device)
+                if options.hardware.compile_mode != "default":
+                    # Teacher and distiller are two CUDA graphs of one step. Else the second would
+                    # free the first one's outputs, which are its inputs.
+                    torch.compiler.cudagraph_mark_step_begin()
                 with averaging_gradients(learner, batch is group[-1]):
                     with autocast(run), torch.no_grad():
                         teacher_output = None
