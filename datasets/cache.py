@@ -112,8 +112,9 @@ def open_cache(directory: Path, identity: str, version: str, scenes: SceneDatase
                 acquire(lock, wait=True)
         with suppress(*NO_CACHE):  # the process that we waited for has built it
             return Cache(folder)
-        for old in directory.glob(f"{identity}-*"):
-            shutil.rmtree(old, ignore_errors=True)
+        if lock.is_locked:  # else one of these may be another process's, which builds it
+            for old in directory.glob(f"{identity}-*"):
+                shutil.rmtree(old, ignore_errors=True)
         aside.mkdir()
         build(aside, scenes)
         aside.replace(folder)
