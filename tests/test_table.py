@@ -89,7 +89,13 @@ def test_grids_of_the_project(path: Path, uncounted: None) -> None:
     [
         ("published", "publisched", "is no grid .*publisched"),
         ('teacher = "teacher"', 'teacher = "nobody"', "taught: its teacher nobody is no row above"),
-        ("max-steps", "max-stepps", "row student: train/student.py can't be run"),
+        ('baseline = "student"', 'baseline = "nobody"', "its baseline nobody is no row"),
+        ('presets = ["slow"]', 'presets = ["fast"]', "no preset is called fast"),
+        ('name = "student"', 'name = "teacher"', "two rows are called teacher"),
+        ("seeds = [0, 1]", "seeds = 2", "is no grid .*seeds"),
+        ("seeds = [0, 1]", 'weights = "bset"', "is no grid .*bset"),
+        ("max-steps", "max-stepps", "train/student.py can't be run"),
+        ("_iou.py", "_iuo.py", "eval_cityscapes_iuo.py can't be run"),
     ],
 )
 def test_mistakes(before: str, after: str, says: str, grid: Path, uncounted: None) -> None:
@@ -163,6 +169,11 @@ def test_one_failure_does_not_lose_the_others(tmp_path: Path) -> None:
     assert [each.error for each in several] == [said, "its teacher bad failed", ""]
     run_here([job(tmp_path, "good")], [{}], lambda: calls.append(1))
     assert len(calls) == 2
+    # A grid that was changed: what other commands made is no result of these.
+    changed = job(tmp_path, "good", "pass")
+    assert changed.result is None
+    run_here([changed], [{}], lambda: calls.append(1))
+    assert len(calls) == 3 and changed.result == {"mean_iou": 0.5}
 
 
 @runs.as_a_process()
@@ -174,7 +185,7 @@ def test_teachers_first_and_a_device_for_each(tmp_path: Path) -> None:
     lock = FileLock(elsewhere.folder / "table.lock")
 
     def ended() -> None:  # what another table is at work on, and is not done again
-        write_json({"mean_iou": 0.5}, elsewhere.folder / "eval.json")
+        write_json({"commands": elsewhere.commands}, elsewhere.folder / "done.json")
         lock.release()
 
     with lock:
@@ -206,6 +217,7 @@ def test_the_table(grid: Path, uncounted: None) -> None:
         (run.folder / "metrics.jsonl").write_text("".join(line % step for step in (1, 2, 3)))
         if run.name in scores:
             write_json({"mean_iou": scores[run.name]}, run.folder / "eval.json")
+            write_json({"commands": run.commands}, run.folder / "done.json")
         else:
             run.error = "out of memory"
     text = table.tabulate(content, planned, grid.parent)
@@ -251,5 +263,6 @@ def test_a_job_of_the_cluster(tmp_path: Path) -> None:
         time.sleep(0.05)
     assert isinstance(stopped.checkpoint(), submitit.helpers.DelayedSubmission)
     assert (tmp_path / "a" / "saved").exists() and not stopped.job.is_done
-    ClusterJob(job(tmp_path, "a"))()
-    assert stopped.job.is_done
+    again = job(tmp_path, "a")
+    ClusterJob(again)()
+    assert again.is_done

@@ -2,7 +2,8 @@
 
     seeds = [0, 1, 2]
     weights = "best"                # which weights are evaluated, and teach: "last" or "best"
-    equal = "steps"                 # or "compute": every student has the most expensive one's
+    equal = "compute"               # each student trains as much as the most expensive one; or
+                                    # "steps", the default: as its flags say
     [options]                       # flags of every row, as the scripts have them
     height = 512
     [presets.eighth]                # flags of the rows that say presets = ["eighth"]
@@ -26,18 +27,17 @@ Further keys: title, a row's label, and [scenes], the flags of demo.scenes for d
 first.
 """
 
-import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from errors import UserError
 from files import ROOT
 
 
-@dataclass(kw_only=True)
-class Row:
+class Row(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """One row of a grid: a script with its flags, or weights that exist."""
 
     name: str
@@ -45,41 +45,60 @@ class Row:
     script: str = ""
     weights: str = ""
     presets: Sequence[str] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-    seeds: Sequence[int] | None = None
+    options: dict[str, Any] = {}
+    seeds: Sequence[int] = ()
     teacher: str = ""
     baseline: str = ""
     published: float | None = None
 
 
-@dataclass(kw_only=True)
-class Grid:
+class Evaluation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The script that scores every run, with its flags."""
+
+    script: str
+    options: dict[str, Any] = {}
+
+
+class Grid(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A grid's content, under the names of its file."""
 
-    title: str
+    title: str = ""
     rows: list[Row]
-    evaluation: dict[str, Any]
+    evaluation: Evaluation
     seeds: Sequence[int] = (0,)
-    weights: str = "last"
-    equal: str = "steps"
-    options: dict[str, Any] = field(default_factory=dict)
-    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    weights: Literal["last", "best"] = "last"
+    equal: Literal["steps", "compute"] = "steps"
+    options: dict[str, Any] = {}
+    presets: dict[str, dict[str, Any]] = {}
     scenes: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for names that stand for nothing, or for two rows."""
+        names = [row.name for row in self.rows]
+        for number, row in enumerate(self.rows):
+            if row.name in names[:number]:
+                raise ValueError(f"two rows are called {row.name}")
+            if row.teacher and row.teacher not in names[:number]:
+                raise ValueError(f"row {row.name}: its teacher {row.teacher} is no row above it")
+            if row.baseline and row.baseline not in names:
+                raise ValueError(f"row {row.name}: its baseline {row.baseline} is no row")
+            if unknown := set(row.presets) - self.presets.keys():
+                raise ValueError(f"row {row.name}: no preset is called {unknown.pop()}")
 
 
 def read_grid(name: Path) -> Grid:
     """A TOML file, or one of train/grids/. Raises UserError for unknown or missing keys."""
-    places = (name, ROOT / "train" / "grids" / f"{name}.toml")
-    path = next((place for place in places if place.is_file()), None)
+    folder = ROOT / "train" / "grids"
+    path = next((place for place in (name, folder / f"{name}.toml") if place.is_file()), None)
     if path is None:
-        known = ", ".join(sorted(grid.stem for grid in places[1].parent.glob("*.toml")))
+        known = ", ".join(sorted(grid.stem for grid in folder.glob("*.toml")))
         raise UserError(f"no grid at {name}; name a TOML file, or one of {known}")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        content["rows"] = [Row(**row) for row in content["rows"]]
-        return Grid(**{"title": path.stem} | content)
-    except (ValueError, TypeError, KeyError) as error:
+        grid = msgspec.toml.decode(path.read_bytes(), type=Grid)
+    except ValueError as error:
         raise UserError(f"{path} is no grid ({error}); see the head of train/grid.py") from error
+    grid.title = grid.title or path.stem
+    return grid
 
 
 def flags(options: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import IO, Any
 from filelock import FileLock
 
 from errors import UserError, require
-from files import ROOT, acquire, make_folder, read_json
+from files import ROOT, acquire, make_folder, read_json, write_json
 from train.engine import remember_signals
 
 Slot = dict[str, str]
@@ -26,7 +26,7 @@ class Job:
     """One run of one row.
 
     Attributes:
-        folder: where its checkpoints, log.txt and eval.json go.
+        folder: where its checkpoints, log.txt, eval.json and done.json go.
         weights: what it is evaluated by, and teaches with.
         commands: to train and to evaluate, without `python`.
         teacher: the run that must have ended before.
@@ -42,13 +42,13 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether it is evaluated; the file is written in one step."""
-        return (self.folder / "eval.json").is_file()
+        """Whether these commands have ended well, and not others of a grid that was changed."""
+        return read_json(self.folder / "done.json") == {"commands": self.commands}
 
     @property
     def result(self) -> dict[str, Any] | None:
         """What the evaluation wrote, if it is done."""
-        return read_json(self.folder / "eval.json")
+        return read_json(self.folder / "eval.json") if self.is_done else None
 
 
 class Running:
@@ -92,6 +92,8 @@ class Running:
             lines = Path(self.log.name).read_text(errors="replace").splitlines()
             last = next((line for line in reversed(lines) if line.strip()), "")
             self.job.error = f"{last} (exit code {code}, {self.log.name})"
+        else:
+            write_json({"commands": self.job.commands}, self.job.folder / "done.json")
         self.close()
         return True
 

@@ -4,21 +4,21 @@
     python -m train.table --grid cityscapes --datadir DIR --gpus 0,1
 
 train/grid.py says how a grid is written. A run's folder, OUTPUT/ROW-seedN, holds its checkpoints,
-log.txt and eval.json; table.md and table.json are written after every run. Runs that have their
-eval.json are skipped, others are resumed: interrupted, give the same command again. A run that
-fails stops no other; the table says where its log is, and the exit code is 1. With --slurm every
-run becomes a job of the cluster.
+log.txt and eval.json; table.md and table.json are written after every run. Runs that are done by
+the same commands are skipped, others are resumed: interrupted, give the same command again. A run
+that fails stops no other; the table says where its log is, and the exit code is 1. With --slurm
+every run becomes a job of the cluster.
 """
 
-import importlib
 import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import cli
 from errors import UserError
@@ -86,7 +86,7 @@ class TableRun(Job):
 def plan_runs(grid: Grid, datadir: Path, output: Path, options: Options) -> list[TableRun]:
     """Every run that is asked for, teachers ahead of their students; nothing is started.
 
-    Raises UserError if a row's teacher, script or flags don't exist (tyro's message is above).
+    Raises UserError if a script or its flags don't exist (tyro's message is above).
     """
     # A row that is asked for needs its teacher, which may need one too.
     wanted = set(options.only or (row.name for row in grid.rows))
@@ -100,9 +100,7 @@ def plan_runs(grid: Grid, datadir: Path, output: Path, options: Options) -> list
             continue
         if options.teacher_weights and row.name in teachers:
             row.script, row.weights = "", str(options.teacher_weights)
-        if row.teacher and row.teacher not in runs:
-            raise UserError(f"row {row.name}: its teacher {row.teacher} is no row above it")
-        seeds = row.seeds if row.seeds is not None else options.seeds or grid.seeds
+        seeds = row.seeds or options.seeds or grid.seeds
         taught_by = runs.get(row.teacher, [])
         own = [
             new_run(grid, row, seed, datadir, output, taught_by)
@@ -140,19 +138,27 @@ def new_run(
             teacher = next((run for run in teachers if run.seed == seed), teachers[0])
             chosen["teacher-weights"] = teacher.weights
         commands = [[row.script, *flags(chosen), "--resume", "auto"]]
-        # The script's own parser finds mistakes before the first run is started.
-        try:
-            module = importlib.import_module(row.script.removesuffix(".py").replace("/", "."))
-            parsed = cli.parse(module.Options, commands[0][1:])
-        except (ImportError, AttributeError, SystemExit) as error:
-            raise UserError(f"row {row.name}: {row.script} can't be run ({error})") from error
+        parsed = parse(commands[0])
         suffix = "_best" if grid.weights == "best" else ""
-        weights = folder / f"{module.Options.network}{suffix}.safetensors"
+        weights = folder / f"{parsed.network}{suffix}.safetensors"
     measured = {"datadir": datadir, "weights": weights, "json": folder / "eval.json"}
-    evaluation = grid.evaluation.get("options", {}) | measured
-    commands.append([grid.evaluation["script"], *flags(evaluation)])
+    commands.append([grid.evaluation.script, *flags(grid.evaluation.options | measured)])
+    parse(commands[-1])
     where: dict[str, Any] = {"name": name, "folder": folder, "weights": weights}
     return TableRun(row=row, seed=seed, options=parsed, teacher=teacher, commands=commands, **where)
+
+
+def parse(command: Sequence[str]) -> Any:
+    """A script's options, by its own parser: mistakes show before the first run is started.
+
+    Raises UserError if there is no such script, or it doesn't take these flags.
+    """
+    script, *words = command
+    try:
+        module = import_module(script.removesuffix(".py").replace("/", "."))
+        return cli.parse(get_type_hints(module.main)["options"], words)
+    except (ImportError, AttributeError, SystemExit) as error:
+        raise UserError(f"{script} can't be run with {shlex.join(words)} ({error})") from error
 
 
 def stretch_to_equal_compute(students: Sequence[TableRun]) -> None:
@@ -181,12 +187,16 @@ def tabulate(grid: Grid, runs: Sequence[TableRun], folder: Path) -> str:
         if result is not None:
             scores[run.row.name][run.seed] = 100 * result["mean_iou"]
     lines, records = [], []
+    lengths = set()
+    teachers = {row.teacher for row in grid.rows}
     for row in [row for row in grid.rows if row.name in scores]:
         own = [run for run in runs if run.row is row]
         values, alone = scores[row.name], scores.get(row.baseline, {})
         gains = [value - alone[seed] for seed, value in values.items() if seed in alone]
         cost = own[0].cost
         steps, seconds = own[0].measured()
+        if row.name not in teachers:
+            lengths.add(steps)
         records.append(
             {
                 "row": row.name,
@@ -213,12 +223,14 @@ def tabulate(grid: Grid, runs: Sequence[TableRun], folder: Path) -> str:
         lines.append(cells + ["–"] * (len(HEADS) - len(cells)))
     write_json({"title": grid.title, "rows": records}, folder / "table.json")
 
-    options = grid.evaluation.get("options", {})
+    options = grid.evaluation.options
     protocol = PROTOCOLS[options.get("protocol", "paper")]
     rule = ["---", *["---:"] * (len(HEADS) - 1)]
     text = [f"# {grid.title}", "", *(f"| {' | '.join(cells)} |" for cells in (HEADS, rule, *lines))]
     text += ["", f"Mean IoU of the {grid.weights} weights over the classes that occur in "]
-    text[-1] += f"{options.get('subset', 'val')}, {protocol}, at equal {grid.equal}."
+    compared = "compute" if grid.equal == "compute" else "steps" if len(lengths) == 1 else ""
+    text[-1] += f"{options.get('subset', 'val')}, {protocol}"
+    text[-1] += f", at equal {compared}." if compared else ", each row on its own schedule."
     text += [NOTES, *(f"\n{run.name} failed: {run.error}" for run in runs if run.error)]
     with atomic_write(folder / "table.md") as temporary:
         temporary.write_text("\n".join(text) + "\n", encoding="utf-8")
