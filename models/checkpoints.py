@@ -112,7 +112,8 @@ def read_file(path: Path) -> tuple[Any, Mapping[str, Any]]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-                return state, opened.metadata() or {}
+                metadata = opened.metadata() or {}
+                return state, json.loads(metadata.get("transkd", "null")) or metadata
         with torch.serialization.safe_globals(NUMPY_NUMBERS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong comes as an exception too
             content = torch.load(file, map_location="cpu", weights_only=True)

@@ -1,6 +1,7 @@
 """From a checkpoint to a network: recognise it, load it in full or refuse it, write it again."""
 
 import io
+import json
 import logging
 import re
 from dataclasses import replace
@@ -169,7 +170,8 @@ def pickled(content: Any) -> memoryview:
 
 def save_model(model: SegmentationModel, path: Path, **facts: Any) -> None:
     """Write the bare network as safetensors, whole or not at all; `facts` go into its header."""
-    metadata = {"format": "pt"} | info_of(model, **facts).metadata()
+    # One string: safetensors writes several in any order, and equal networks give equal files.
+    metadata = {"transkd": json.dumps(info_of(model, **facts).metadata())}
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic_write(path) as temporary:
         temporary.write_bytes(save(state, metadata))

@@ -65,7 +65,7 @@ def test_twenty_kills_change_nothing(small: Small) -> None:
     small.train(student, "killed", resume="auto", **more)
     assert not [*folder.glob(".*")]  # of saves that were killed
     for name in ("student.safetensors", "student_best.safetensors"):
-        small.require_equal(f"whole/{name}", f"killed/{name}")
+        assert (small.folder / "whole" / name).read_bytes() == (folder / name).read_bytes()
     assert small.losses("whole") == small.losses("killed") and len(small.losses("killed")) == 7
 
 
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint(small: Small, caplog: pytest.LogCaptureFixture) ->
     assert small.steps("damaged") == [1, 2, 3, 4, 5, 6]  # the fourth once
     last.write_bytes(b"")
     torch.save({"a": torch.zeros(1)}, last.with_name("previous.pt"))  # another program's
-    says = r"no whole checkpoint in .* \(it is another program's\); leave --resume out"
+    says = r"no whole checkpoint in .* \(it is another program's\); train in another folder"
     small.refused(says, student, "damaged", resume=True)
 
 

@@ -240,7 +240,7 @@ def restore(
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
     """The last checkpoint that is whole. Raises UserError if there is none."""
-    problem = "there is none"
+    problem = ""
     # last.pt, and if that is damaged previous.pt.
     for path in (folder / name for name in CHECKPOINTS):
         if not path.exists():
@@ -256,7 +256,6 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         if path.name != "last.pt":
             log.warning("continuing from %s, step %d", path, content["state"]["step"])
         return content
-    raise UserError(
-        f"no whole checkpoint in {folder} to continue ({problem}); leave --resume out, and choose "
-        "another folder"
-    )
+    if problem:
+        raise UserError(f"no whole checkpoint in {folder} ({problem}); train in another folder")
+    raise UserError(f"no checkpoint in {folder} to continue; leave --resume out")
