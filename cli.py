@@ -17,6 +17,7 @@ import torch
 import tyro
 
 from errors import UserError
+from progress import end_progress_lines
 
 T = TypeVar("T")
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
@@ -59,6 +60,7 @@ def run(main: Callable[[T], None], options: type[T]) -> None:
 
 
 def _refuse(problem: str) -> NoReturn:
+    end_progress_lines()
     rank = os.environ.get("RANK")  # torchrun's
     where = "" if rank is None else f"[rank {rank}] "
     print(f"error: {where}{' '.join(problem.splitlines())}", file=sys.stderr)

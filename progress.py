@@ -22,6 +22,12 @@ def progress_line(title: str, total: int | None, unit: str = "images", **more: A
     return tqdm(desc=title, total=total, unit=f" {unit}", bar_format=FORMAT, **pace, **more)
 
 
+def end_progress_lines() -> None:
+    """Let what is printed next begin at the start of a line, and be the last."""
+    for line in list(getattr(tqdm, "_instances", ())):
+        line.close()
+
+
 def track(
     items: Iterable[T],
     title: str,

@@ -15,7 +15,7 @@ from benchmarks import published
 from benchmarks.measure import Action, Row, apart, in_turn
 from datasets import CITYSCAPES, SceneDataset, open_split, use_cache
 from demo.scenes import write_dataset
-from eval.metrics import ConfusionMatrix
+from eval.metrics import confusion_matrix
 from eval.rendering import colorize
 from models import create_model
 from models.distillation.methods import METHODS, PUBLISHED
@@ -169,7 +169,7 @@ def count(sizes: Sizes, original: bool) -> Action:
     if original:
         whole = truth.long()  # so does the published loader
         return partial(published.one_hot_counts, predicted, whole, CITYSCAPES.num_outputs)
-    return partial(ConfusionMatrix(CITYSCAPES).update, predicted, truth)
+    return partial(confusion_matrix, predicted, truth, CITYSCAPES.num_outputs)
 
 
 def confusion(sizes: Sizes) -> Iterator[Row]:

@@ -70,7 +70,7 @@ class Classes:
         names = names or ()
         theirs = [plain(name) for name in names]
         if outputs not in (self.num_classes, self.num_outputs):
-            problem = f"{outputs} classes, and {self.name} has {self.num_classes}"
+            problem = f"{outputs} classes, and {self.name} has {self.num_classes} and ignore"
         elif all(re.fullmatch(r"(label|class)\d+", name) for name in theirs):
             return list(range(outputs))
         else:

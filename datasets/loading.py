@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets.scenes import Item, SceneDataset
+from datasets.scenes import SceneDataset
 from errors import UserError
 
 Key = int | tuple[int, int]  # an image, or (epoch, image): as training sees it in that epoch
@@ -46,23 +47,12 @@ def batch_of_arrays(*arrays: np.ndarray) -> Batch:
     return Batch(*map(torch.from_numpy, arrays))
 
 
-def collate(items: Sequence[Item], ignore: int) -> Batch:
-    """Items as a batch of the largest size: at the right and bottom black, and ignored."""
-    indices = torch.tensor([item.index for item in items])
-    images = stack([item.image for item in items], 0)
-    return Batch(images, stack([item.label for item in items], ignore), indices)
-
-
 def stack(maps: Sequence[Tensor], fill: int) -> Tensor:
-    """N maps (…, H, W) as (N, …, largest H, largest W)."""
-    if len({x.shape for x in maps}) == 1:
-        return torch.stack(list(maps))
+    """N maps (…, H, W) as (N, …, largest H, largest W); `fill` lies at the right and bottom."""
     height = max(x.shape[-2] for x in maps)
     width = max(x.shape[-1] for x in maps)
-    stacked = maps[0].new_full((len(maps), *maps[0].shape[:-2], height, width), fill)
-    for place, x in zip(stacked, maps, strict=True):
-        place[..., : x.shape[-2], : x.shape[-1]] = x
-    return stacked
+    missing = [(0, width - x.shape[-1], 0, height - x.shape[-2]) for x in maps]
+    return torch.stack([F.pad(x, m, value=fill) for x, m in zip(maps, missing, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -90,7 +80,12 @@ class Batches:
         groups = [items]
         if not self.pad:
             groups = [list(group) for _, group in groupby(items, lambda item: item.image.shape)]
-        return [collate(group, self.dataset.classes.ignore) for group in groups]
+        batches = []
+        for group in groups:
+            images, labels, indices = zip(*group, strict=True)
+            padded = stack(labels, self.dataset.classes.ignore)
+            batches.append(Batch(stack(images, 0), padded, torch.tensor(indices)))
+        return batches
 
     def __iter__(self) -> Iterator[Batch]:
         try:

@@ -154,8 +154,11 @@ def nyuv2(sources: Sequence[Path]) -> Files:
 
 def voc2012(sources: Sequence[Path]) -> Files:
     """VOC's own labels, and SBD's (Hariharan et al., ICCV 2011) to train on images without one."""
-    voc, val = open_source("VOCtrainval_11-May-2012.tar", sources, open_voc)
+    voc = open_source("VOCtrainval_11-May-2012.tar", sources, open_tar)
     sbd = open_source("benchmark.tgz", sources, open_tar)
+    with naming(str(voc.name)):
+        names = read_tar(voc, voc.getmember("VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"))
+    val = set(names.decode().split())
     own = {Path(name).stem for name in voc.getnames() if "/SegmentationClass/" in name}
     added = {Path(name).stem for name in sbd.getnames() if "/cls/" in name} - own
     labelled = own | added
@@ -174,13 +177,6 @@ def voc2012(sources: Sequence[Path]) -> Files:
             elif path.parent.name == "cls" and path.stem in added:
                 files[label] = partial(sbd_label, tar, entry)
     return files
-
-
-def open_voc(path: Path) -> tuple[tarfile.TarFile, set[str]]:
-    """The archive, and the names of the images that validate."""
-    tar = open_tar(path)
-    names = read_tar(tar, tar.getmember("VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"))
-    return tar, set(names.decode().split())
 
 
 def read_tar(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from datasets import Classes, SceneDataset, evaluation_batches
+from datasets.transforms import require_height
 from errors import UserError
-from eval.metrics import ConfusionMatrix
+from eval.metrics import confusion_matrix, scores
 from eval.predictor import at_size, forward, to_pixels, upsample
 from progress import track
 
@@ -40,8 +41,10 @@ class Views:
         window = self.window or (1, 1)
         stride = self.stride or window
         fits = stride[0] <= window[0] and stride[1] <= window[1]
-        if not self.scales or min(*self.scales, *window, *stride) <= 0 or not fits:
-            raise UserError("scales, window and stride must be above 0, no stride above its window")
+        if not self.scales or min(*self.scales, *stride) <= 0 or not fits:
+            raise UserError("scales and stride must be above 0, no stride above its window")
+        if self.window is not None:
+            require_height(min(self.window))
 
     @property
     def once(self) -> bool:
@@ -62,6 +65,7 @@ class Views:
         """
         per_view = []
         for scale in self.scales:
+            require_height(round(scale * height))
             image = to_pixels(photograph, round(scale * height))[None]
             for mirrored in (False, True) if self.flip else (False,):
                 logits = self.logits(network, image.flip(-1) if mirrored else image)
@@ -105,7 +109,7 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """The scores as fractions, None for a class that does not occur."""
         result: dict[str, Any] = {"protocol": self.protocol, "images": len(self.names)}
-        result |= ConfusionMatrix(self.classes, counts=self.counts.sum(0)).scores()
+        result |= scores(self.counts.sum(0), self.classes)
         if self.loss is not None:
             result["loss"] = self.loss
         if self.conditions:
@@ -117,7 +121,7 @@ class Evaluation:
         and each image's mean IoU over the classes that occur in it."""
         per_image = {}
         for name, counts in zip(self.names, self.counts, strict=True):
-            per_image[name] = ConfusionMatrix(self.classes, counts=counts).scores()["mean_iou"]
+            per_image[name] = scores(counts, self.classes)["mean_iou"]
         confusion = self.counts.sum(0)[: self.classes.num_classes].tolist()
         return {"confusion": confusion, "per_image": per_image}
 
@@ -187,8 +191,7 @@ def evaluate(
                     prediction = logits[row]
                 if prediction.is_floating_point():  # NaN would count as the first class
                     not_finite += ~prediction.isfinite().all()
-                matrix = ConfusionMatrix(classes, counts=counts[index])
-                matrix.update(prediction[None], label[None])
+                counts[index] = confusion_matrix(prediction[None], label[None], outputs)
     model.train(was_training)
     if in_group:
         dist.all_reduce(counts)

@@ -80,7 +80,7 @@ class Predictor:
         elif order != list(range(network.num_classes)):
             raise UserError(f"{weights} has its classes in another order; export it again")
         self.network: nn.Module = network
-        self.height = height or self.facts.get("height", 512)
+        self.height = self.facts.get("height", 512) if height is None else height
         require_height(self.height)
 
     def __call__(self, photo: Photo) -> tuple[np.ndarray, Image.Image]:

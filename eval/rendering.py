@@ -53,13 +53,12 @@ def draw(
     return page
 
 
-def legend(classes: Classes, width: int = 900, present: Iterable[int] | None = None) -> Image.Image:
-    """A strip of swatches with class names, of the `present` ones or of all without ignore."""
+def legend(classes: Classes, width: int, present: Iterable[int]) -> Image.Image:
+    """A strip of swatches with names of the `present` classes."""
     font = ImageFont.load_default(13)
     swatch = 14
     line = 24
-    chosen = range(classes.num_classes) if present is None else sorted(set(present))
-    names = {index: classes.output_names[index] for index in chosen}
+    names = {index: classes.output_names[index] for index in sorted(present)}
     cell = swatch + 22 + max(int(font.getlength(name)) for name in names.values())
     columns = max(1, width // cell)
     strip = Image.new("RGB", (width, line * -(-len(names) // columns)), PAPER)

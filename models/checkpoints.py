@@ -187,7 +187,7 @@ def bare_network(state: StateDict) -> StateDict:
 
 
 def read_info(metadata: Mapping[str, Any], path: Path) -> CheckpointInfo:
-    """Strings as `CheckpointInfo.metadata` writes them. Raises UserError for what is none."""
+    """Strings as `loading.metadata_of` writes them. Raises UserError for what is none."""
 
     def value(name: str) -> Any:
         return json.loads(metadata.get(name) or "null")

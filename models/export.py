@@ -41,7 +41,7 @@ from models import hub
 from models.base import SegmentationModel
 from models.checkpoints import Checkpoint, read_checkpoint
 from models.layouts.huggingface import architecture, to_huggingface
-from models.loading import info_of, load_model, pickled, save_model
+from models.loading import load_model, metadata_of, pickled, save_model
 from models.model_card import model_card
 from models.onnx_file import OnnxModel, quantise
 from models.segformer import SegFormer
@@ -167,7 +167,7 @@ def write_torch(network: ImagesToLogits, checkpoint: Checkpoint, path: Path) -> 
     file as it is.
     """
     state: Any = OrderedDict(network.model.state_dict())
-    metadata = info_of(network.model, **checkpoint.info.facts).metadata()
+    metadata = metadata_of(network.model, **checkpoint.info.facts)
     state._metadata = {"": {"version": 1, "transkd": metadata}}
     path.write_bytes(pickled(state))
     return ImagesToLogits(load_model(path))

@@ -19,11 +19,7 @@ BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
     **{name: partial(LVT, name) for name in lvt.CONFIGS},
 }
 MODELS = tuple(BUILDERS)
-ENCODERS = {
-    **{name: config for name, (config, _) in segformer.CONFIGS.items()},
-    **pvtv2.CONFIGS,
-    **lvt.CONFIGS,
-}
+ENCODERS = segformer.CONFIGS | pvtv2.CONFIGS | lvt.CONFIGS
 
 
 def create_model(

@@ -70,11 +70,6 @@ def count_macs(module: nn.Module, images: Tensor) -> Counter[str]:
     return counts
 
 
-def published_macs(module: nn.Module, images: Tensor) -> int:
-    """The sum of `count_macs`."""
-    return count_macs(module, images).total()
-
-
 def executed_macs(module: nn.Module, images: Tensor, **arguments: Any) -> int:
     """MACs of the matrix products and convolutions of `forward(module, images, **arguments)`."""
     with FlopCounterMode(display=False) as counter:
@@ -102,7 +97,7 @@ def build(name: str) -> nn.Module:
     """
     if name not in PUBLISHED:
         return create_model(name).eval()
-    teacher_channels = CONFIGS["segformer_b2"][0].channels
+    teacher_channels = CONFIGS["segformer_b2"].channels
     return METHODS[PUBLISHED[name]].build(create_model("segformer_b0"), teacher_channels).eval()
 
 
@@ -164,7 +159,7 @@ def main(options: Options) -> None:
         if not name.endswith(".onnx"):
             with torch.device("meta"):
                 module, images = build(name), torch.empty(1, 3, options.height, options.width)
-            macs = published_macs(module, images), executed_macs(module, images)
+            macs = count_macs(module, images).total(), executed_macs(module, images)
             row = [name, f"{parameters(module):,}", *(f"{count / 1e9:.2f}" for count in macs)]
         rows.append(row + (measure(name, options) if options.measure else []))
     print(f"{options.batch_size} × {options.height}×{options.width}")

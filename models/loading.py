@@ -16,7 +16,7 @@ from files import atomic_write
 from models.base import SegmentationModel
 from models.checkpoints import Checkpoint, read_checkpoint, some
 from models.factory import BUILDERS, create_model, recognise
-from models.layouts import CheckpointInfo, StateDict
+from models.layouts import StateDict
 from models.segformer import MMSegSegFormer
 
 log = logging.getLogger(__name__)
@@ -156,9 +156,14 @@ def plain(name: str) -> str:
     return re.sub(r"[\s_-]+", "", name).lower()
 
 
-def info_of(model: SegmentationModel, **facts: Any) -> CheckpointInfo:
-    """What goes with a model's weights wherever they are written."""
-    return CheckpointInfo(model.name, model.normalisation, model.class_names, facts)
+def metadata_of(model: SegmentationModel, **facts: Any) -> dict[str, str]:
+    """What goes with a model's weights wherever they are written; `read_checkpoint` reads it."""
+    return {
+        "model": model.name,
+        "normalisation": json.dumps(model.normalisation),
+        "class_names": json.dumps(model.class_names),
+        "facts": json.dumps(facts),
+    }
 
 
 def pickled(content: Any) -> memoryview:
@@ -171,7 +176,7 @@ def pickled(content: Any) -> memoryview:
 def save_model(model: SegmentationModel, path: Path, **facts: Any) -> None:
     """Write the bare network as safetensors, whole or not at all; `facts` go into its header."""
     # One string: safetensors writes several in any order, and equal networks give equal files.
-    metadata = {"transkd": json.dumps(info_of(model, **facts).metadata())}
+    metadata = {"transkd": json.dumps(metadata_of(model, **facts))}
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic_write(path) as temporary:
         temporary.write_bytes(save(state, metadata))

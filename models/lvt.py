@@ -23,7 +23,6 @@ from models.pyramid import (
 )
 from models.segformer import AllMLPHead
 
-HEAD_WIDTH = 256
 CONFIGS = {
     "lvt": PyramidConfig(
         channels=(64, 64, 160, 256),
@@ -209,7 +208,7 @@ class LVT(SegmentationModel):
     def __init__(self, name: str, num_classes: int, drop_path_rate: float, dropout: float) -> None:
         config = CONFIGS[name]
         encoder = LVTEncoder(config)
-        head = AllMLPHead(config.channels, HEAD_WIDTH, num_classes, dropout)
+        head = AllMLPHead(config.channels, config.head_width, num_classes, dropout)
         super().__init__(name, config.channels, encoder, head)
         # As published: other convolutions start as torch makes them.
         for module in self.modules():

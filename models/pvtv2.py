@@ -5,6 +5,8 @@ Pyramid Networks", CVPR 2019. As in the published TransKD code the network takes
 predicts at a quarter of the image's size.
 """
 
+from collections import OrderedDict
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,19 +27,13 @@ CONFIGS: dict[str, PyramidConfig] = {
 }
 
 
-class ConvModule(nn.Module):
+def conv_module(in_channels: int, channels: int, kernel: int, *, relu: bool = False) -> nn.Module:
     """Convolution that keeps the map's size, and ReLU where `relu`; named as published."""
-
-    def __init__(self, in_channels: int, channels: int, kernel: int, *, relu: bool = False) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2)
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]  # it has one
-        self.activate = nn.ReLU(inplace=True) if relu else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, h, w) -> (B, C, h, w)."""
-        return self.activate(self.conv(x))
+    conv = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # it has one
+    activate = nn.ReLU(inplace=True) if relu else nn.Identity()
+    return nn.Sequential(OrderedDict(conv=conv, activate=activate))
 
 
 class FPN(nn.Module):
@@ -45,8 +41,8 @@ class FPN(nn.Module):
 
     def __init__(self, in_channels: tuple[int, ...], channels: int) -> None:
         super().__init__()
-        self.lateral_convs = nn.ModuleList(ConvModule(c, channels, 1) for c in in_channels)
-        self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3) for _ in in_channels)
+        self.lateral_convs = nn.ModuleList(conv_module(c, channels, 1) for c in in_channels)
+        self.fpn_convs = nn.ModuleList(conv_module(channels, channels, 3) for _ in in_channels)
 
     def forward(self, features: tuple[Tensor, ...]) -> list[Tensor]:
         """F1..F4 (B, C_i, h_i, w_i) -> (B, channels, h_i, w_i) each."""
@@ -69,7 +65,7 @@ class FPNHead(nn.Module):
             layers: list[nn.Module] = []
             for k in range(max(1, doublings)):
                 width = NECK_CHANNELS if k == 0 else HEAD_CHANNELS
-                layers.append(ConvModule(width, HEAD_CHANNELS, 3, relu=True))
+                layers.append(conv_module(width, HEAD_CHANNELS, 3, relu=True))
                 if doublings:
                     layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
             self.scale_heads.append(nn.Sequential(*layers))

@@ -24,13 +24,14 @@ have a single value to normalise; evaluation takes half as many."""
 
 @dataclass(frozen=True)
 class PyramidConfig:
-    """The numbers in which the pyramid transformers differ, one entry for each stage."""
+    """The numbers in which the pyramid transformers differ, most of them one for each stage."""
 
     channels: tuple[int, int, int, int]
     depths: tuple[int, int, int, int]
     mlp_ratios: tuple[int, int, int, int] = (4, 4, 4, 4)
     heads: tuple[int, int, int, int] = (1, 2, 5, 8)
     sr_ratios: tuple[int, int, int, int] = (8, 4, 2, 1)
+    head_width: int = 256  # D, of SegFormer's decode head; PVTv2 has another head
 
 
 def to_map(tokens: Tensor, h: int, w: int) -> Tensor:

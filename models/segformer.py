@@ -14,15 +14,14 @@ from models.base import SegmentationModel
 from models.linear import Linear, linear
 from models.pyramid import PyramidConfig, PyramidTransformer, to_map, to_tokens
 
-CONFIGS: dict[str, tuple[PyramidConfig, int]] = {
-    "segformer_b0": (PyramidConfig((32, 64, 160, 256), (2, 2, 2, 2)), 256),
-    "segformer_b1": (PyramidConfig((64, 128, 320, 512), (2, 2, 2, 2)), 256),
-    "segformer_b2": (PyramidConfig((64, 128, 320, 512), (3, 4, 6, 3)), 768),
-    "segformer_b3": (PyramidConfig((64, 128, 320, 512), (3, 4, 18, 3)), 768),
-    "segformer_b4": (PyramidConfig((64, 128, 320, 512), (3, 8, 27, 3)), 768),
-    "segformer_b5": (PyramidConfig((64, 128, 320, 512), (3, 6, 40, 3)), 768),
+CONFIGS = {
+    "segformer_b0": PyramidConfig((32, 64, 160, 256), (2, 2, 2, 2)),
+    "segformer_b1": PyramidConfig((64, 128, 320, 512), (2, 2, 2, 2)),
+    "segformer_b2": PyramidConfig((64, 128, 320, 512), (3, 4, 6, 3), head_width=768),
+    "segformer_b3": PyramidConfig((64, 128, 320, 512), (3, 4, 18, 3), head_width=768),
+    "segformer_b4": PyramidConfig((64, 128, 320, 512), (3, 8, 27, 3), head_width=768),
+    "segformer_b5": PyramidConfig((64, 128, 320, 512), (3, 6, 40, 3), head_width=768),
 }
-"""Name -> the encoder's numbers, and D."""
 
 
 def resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -153,9 +152,9 @@ class SegFormer(SegmentationModel):
     )
 
     def __init__(self, name: str, num_classes: int, drop_path_rate: float, dropout: float) -> None:
-        config, width = CONFIGS[name]
+        config = CONFIGS[name]
         encoder = PyramidTransformer(config, drop_path_rate)
-        head = AllMLPHead(config.channels, width, num_classes, dropout)
+        head = AllMLPHead(config.channels, config.head_width, num_classes, dropout)
         super().__init__(name, config.channels, encoder, head)
 
 
@@ -192,7 +191,7 @@ class MMSegSegFormer(SegmentationModel):
     )
 
     def __init__(self, name: str, num_classes: int, width: int) -> None:
-        config, _ = CONFIGS[name]
+        config = CONFIGS[name]
         encoder = PyramidTransformer(config)
         head = ReLUHead(config.channels, width, num_classes)
         super().__init__(name, config.channels, encoder, head)

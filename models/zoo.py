@@ -53,15 +53,6 @@ class Entry:
     url: str
     page: str  # for a person with a browser
 
-    def check(self, path: Path) -> None:
-        """Read a file. Raises an error if it is not the network that it should be."""
-        if self.file.startswith("ckpt_pretrained/"):
-            start_from(create_model(self.model), path)
-            return
-        model = load_model(path)
-        if (model.name, model.num_classes) != (self.model, CITYSCAPES.num_outputs):
-            raise ValueError(f"it is a {model.name} with {model.num_classes} classes")
-
 
 def find_entries() -> dict[str, Entry]:
     """The whole zoo, by the files' names without their endings."""
@@ -128,7 +119,12 @@ def download(name: str, entry: Entry, path: Path) -> None:
     aside = path.with_name(f".{path.name}.download")
     try:
         gdown.download(entry.url, str(aside), resume=True, timeout=30.0)
-        entry.check(aside)
+        if entry.file.startswith("ckpt_pretrained/"):
+            start_from(create_model(entry.model), aside)
+        else:
+            model = load_model(aside)
+            if (model.name, model.num_classes) != (entry.model, CITYSCAPES.num_outputs):
+                raise ValueError(f"it is a {model.name} with {model.num_classes} classes")
     except (gdown.exceptions.DownloadError, OSError, ValueError, UserError) as error:
         aside.unlink(missing_ok=True)  # what broke off is in other files, which gdown continues
         reason = " ".join(str(error).split())

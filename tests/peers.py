@@ -75,7 +75,7 @@ class MMSegNetwork(nn.Module):
 
     def __init__(self, name: str, width: int, num_classes: int) -> None:
         super().__init__()
-        encoder, _ = CONFIGS[name]
+        encoder = CONFIGS[name]
         self.backbone, self.decode_head = nn.Module(), nn.Module()
         self.backbone.layers = nn.ModuleList()
         for i, c in enumerate(encoder.channels):

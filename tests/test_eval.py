@@ -226,6 +226,8 @@ def test_runs_have_folders_of_their_own(cityscapes, flags, tmp_path, monkeypatch
         ({"json": Path("weights.pth")}, r"name a file that ends in \.json"),
         ({"subset": "test", "protocol": "paper"}, "berlin_000000_000000"),  # which has no label
         ({"test_time": Views(scales=(0.5,)), "protocol": "paper"}, "--protocol full"),
+        ({"test_time": Views(scales=(0.1,)), "protocol": "full"}, "height 6 is too small"),
+        ({"height": 0, "protocol": "paper"}, "height 0 is too small"),
     ],
 )
 def test_mistakes(cityscapes, flags, tmp_path, monkeypatch, more, words) -> None:

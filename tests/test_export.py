@@ -114,8 +114,8 @@ def exported(tmp_path_factory) -> tuple[SegmentationModel, Path]:
     """A network of two blocks, for every block takes seconds, and its ONNX file."""
     folder = tmp_path_factory.mktemp("onnx")
     with pytest.MonkeyPatch.context() as patch:
-        encoder, width = CONFIGS["segformer_b0"]
-        patch.setitem(CONFIGS, "segformer_b0", (replace(encoder, depths=(1, 0, 0, 1)), width))
+        encoder = CONFIGS["segformer_b0"]
+        patch.setitem(CONFIGS, "segformer_b0", replace(encoder, depths=(1, 0, 0, 1)))
         model = network("segformer_b0")
         save_model(model, folder / "w.safetensors", **FACTS)
         return model, export(folder / "w.safetensors", folder, "onnx")

@@ -80,6 +80,6 @@ def test_training_goes_on_without_dashboards(small: Small, monkeypatch: Any, cap
     small.train(student, max_steps=2, tensorboard=True, visualize=True)
     first, second = (record.getMessage() for record in caplog.records)
     assert re.fullmatch(r"TensorBoard fails \(.+\); training goes on without it", first)
-    assert re.match(r"the visdom server on port \d+ fails \(ConnectionError\)", second)
+    assert re.match(r"the visdom server on port \d+ fails \(ConnectionError", second)
     assert post.call_count == 1 and post.call_args.kwargs["timeout"] <= 10
     assert (small.folder / "student.safetensors").exists()

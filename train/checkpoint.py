@@ -28,7 +28,7 @@ from files import ROOT, atomic_write, read_json, write_json
 from models import SegmentationModel, save_model
 from models.checkpoints import read_info
 from models.distillation import Distiller
-from models.loading import info_of, pickled
+from models.loading import metadata_of, pickled
 from train import distributed
 from train.optimisation import Plan
 from train.setup import CHECKPOINTS, Run
@@ -71,7 +71,7 @@ def save(
         "scaler": scaler.state_dict(),
         "state": asdict(state),
         "random": random,
-        "metadata": info_of(distiller.student, **facts_of(run, state)).metadata(),
+        "metadata": metadata_of(distiller.student, **facts_of(run, state)),
     }
     path = run.options.run_dir / "last.pt"
     with atomic_write(path) as temporary:

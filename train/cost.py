@@ -10,7 +10,7 @@ from datasets import LAYOUTS
 from models import create_model
 from models.distillation import Distiller
 from models.distillation.methods import METHODS, PUBLISHED
-from models.info import executed_macs, parameters, published_macs
+from models.info import count_macs, executed_macs, parameters
 from train.options import DistillingOptions, TrainingOptions
 
 PAPER_SIZE = (512, 1024)
@@ -59,7 +59,7 @@ def cost_of(options: TrainingOptions) -> Cost:
             teacher_macs = executed_macs(teacher.eval(), images, logits=with_logits)
         # The backward pass takes twice as many as the forward pass. The teacher has none.
         macs_per_image = teacher_macs + 3 * executed_macs(learner.eval(), images)
-        macs = published_macs(network, paper_images)
+        macs = count_macs(network, paper_images).total()
     return Cost(
         parameters=parameters(network),
         macs=macs,

@@ -37,22 +37,8 @@ class TensorBoard:
     def __init__(self, options: TrainingOptions, purge_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = options.run_dir
-        if options.run.wandb is not None:
-            import wandb
-
-            # Ahead of the writer, whose files it sends on.
-            wandb.init(
-                project=options.run.wandb,
-                name=folder.name,
-                # The folder's own: a resumed run continues its curves.
-                id=f"{folder.name}-{zlib.crc32(bytes(folder.resolve())):08x}",
-                dir=str(folder),
-                config=options.as_json(),
-                resume="allow",
-                sync_tensorboard=True,
-            )
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        folder = options.run_dir / "tensorboard"
+        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
         self.close = self.writer.close
 
     def point(self, chart: str, curve: str, step: int, value: float) -> None:
@@ -60,6 +46,23 @@ class TensorBoard:
 
     def picture(self, title: str, step: int, pixels: np.ndarray) -> None:
         self.writer.add_image(title, pixels, step, dataformats="HWC")
+
+
+def start_wandb(options: TrainingOptions) -> None:
+    """Let Weights & Biases send on what TensorBoard's writers write from now on."""
+    import wandb
+
+    folder = options.run_dir
+    wandb.init(
+        project=options.run.wandb,
+        name=folder.name,
+        # The folder's own: a resumed run continues its curves.
+        id=f"{folder.name}-{zlib.crc32(bytes(folder.resolve())):08x}",
+        dir=str(folder),
+        config=options.as_json(),
+        resume="allow",
+        sync_tensorboard=True,
+    )
 
 
 class Visdom:
@@ -131,6 +134,9 @@ class Logger:
             with atomic_write(self.path) as temporary:
                 kept = [json.dumps(record) for record in before if record["step"] <= start_step]
                 temporary.write_text("".join(line + "\n" for line in kept))
+            if options.run.wandb is not None:
+                with self._guard("Weights & Biases"):
+                    start_wandb(options)
             if options.run.tensorboard or options.run.wandb is not None:
                 with self._guard("TensorBoard") as name:
                     self.dashboards[name] = TensorBoard(options, start_step + 1)
@@ -245,5 +251,5 @@ class Logger:
             yield name
         except Exception as error:
             self.dashboards.pop(name, None)
-            reason = getattr(error, "strerror", None) or type(error).__name__
+            reason = getattr(error, "strerror", None) or repr(error)[:100]
             log.warning("%s fails (%s); training goes on without it", name, reason)

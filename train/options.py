@@ -106,6 +106,8 @@ class TrainingOptions:
                 f"--num-epochs {recipe.num_epochs} goes on after --lr-decay-epochs "
                 f"{recipe.lr_decay_epochs}, where the learning rate is 0; raise the latter"
             )
+        if recipe.scale[0] > recipe.scale[1]:
+            raise UserError("--scale takes the smaller factor first: --scale 0.5 2")
         # Misaligned by four, image and label can't be scaled or cropped alike.
         quarter = recipe.scale == (1.0, 1.0) and not recipe.crop and recipe.loss_size == "quarter"
         if recipe.published_shift and not quarter:

@@ -42,5 +42,5 @@ class ChannelWiseFeatures(Distiller):
     ) -> dict[str, Tensor]:
         # A channel's distribution is a softmax over its h·w places.
         projected = self.projection(student.features[-1])
-        loss = channel_wise_divergence([projected], [teacher.features[-1]], self.temperature)
+        loss = channel_wise_divergence(projected, teacher.features[-1], self.temperature)
         return {"cwd": self.weight * loss}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from models.base import SegmentationModel, SegmentationOutput
 from models.distillation.losses import cross_entropy, embedding_loss, hierarchical_context_loss
 
-FeatureLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+FeatureLoss = Callable[[Tensor, Tensor], Tensor]  # maps (B, C, h, w) of student and teacher
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class LogitsLoss:
     """
 
     name: str  # what the logs call it
-    loss: Callable[[Sequence[Tensor], Sequence[Tensor], float], Tensor]  # maps, temperature
+    loss: Callable[[Tensor, Tensor, float], Tensor]  # maps, temperature
     weight: float = 1.0
     temperature: float = 1.0
 
@@ -29,7 +30,7 @@ class LogitsLoss:
         assert student.logits is not None and teacher.logits is not None
         classes = student.logits.shape[1] - 1  # some teachers have no output for "ignore"
         s, t = student.logits[:, :classes], teacher.logits[:, :classes]
-        return self.weight * self.loss([s], [t], self.temperature)
+        return self.weight * self.loss(s, t, self.temperature)
 
 
 class Distiller(nn.Module):
@@ -88,7 +89,7 @@ class Distiller(nn.Module):
 
 
 class TransKD(Distiller):
-    """total = CE + w_f · L(fusion(F^S), F^T) + Σ_i w_i · MSE(P_i, E_i^T)
+    """total = CE + w_f · Σ_i L(fusion(F^S)_i, F_i^T) + Σ_i w_i · MSE(P_i, E_i^T)
 
     `fusion` is CSF or Knowledge Review's, `alignment` is PEA, GL-Mixer or EA, which gives P_i; None
     leaves that part out. `feature_loss` is L, and `feature_loss_name` what the logs call it. There
@@ -120,10 +121,11 @@ class TransKD(Distiller):
         self, images: Tensor, student: SegmentationOutput, teacher: SegmentationOutput
     ) -> dict[str, Tensor]:
         """The losses between feature maps and between patch embeddings."""
-        losses = {}
+        losses: dict[str, Any] = {}
         # Each fused map F_i (B, C_T, h_i, w_i) has the shape of the teacher's feature.
         if self.fusion is not None:
-            loss = self.feature_loss(self.fusion(student.features), teacher.features)
+            pairs = zip(self.fusion(student.features), teacher.features, strict=True)
+            loss = sum(self.feature_loss(s, t) for s, t in pairs)
             losses[self.feature_loss_name] = self.feature_weight * loss
         if self.alignment is not None:
             aligned = self.alignment(images, student)  # P_i (B, h_i·w_i, C_T) by stage i

@@ -1,10 +1,10 @@
 """The losses of TransKD: Liu et al., arXiv 2202.13393, section III-D.
 
 Shapes: B batch, K classes, (h, w) a stage's map, C channels. Every loss is a scalar, a mean over
-the batch.
+the batch. Those between feature maps are of one stage; the stages' are added up.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,31 +26,28 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     return total / weight[labels].sum().clamp_min(torch.finfo(weight.dtype).tiny)
 
 
-def hierarchical_context_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """HCL (Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021), over all stages.
+def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """HCL (Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021).
 
-    Maps are (B, C, h_i, w_i), one for each stage. Per stage: mean squared error of the maps, plus
-    that of both maps average-pooled to 4×4, 2×2 and 1×1. The weight starts at 1 and halves with
-    each level used. The sum is divided by the sum of the weights.
+    Mean squared error of two maps (B, C, h, w), plus that of both maps average-pooled to 4×4, 2×2
+    and 1×1. The weight starts at 1 and halves with each level used. The sum is divided by the sum
+    of the weights.
     """
-    total = student[0].new_zeros(())
-    for s, t in zip(student, teacher, strict=True):
-        s, t = full_precision(s), full_precision(t)
-        loss = F.mse_loss(s, t)
-        weight = weights = 1.0
-        # Pooling is linear: mean(s) − mean(t) = mean(s − t). One map is pooled instead of two.
-        difference = s - t
-        for level in (4, 2, 1):
-            if level >= s.shape[2]:  # no smaller than the map itself
-                continue
-            weight /= 2
-            weights += weight
-            pooled = average_pool(difference, level)
-            if not any(side % level for side in s.shape[2:]):
-                difference = pooled  # the next level's windows are made of these, all equal
-            loss = loss + weight * pooled.square().mean()
-        total = total + loss / weights
-    return total
+    s, t = full_precision(student), full_precision(teacher)
+    loss = F.mse_loss(s, t)
+    weight = weights = 1.0
+    # Pooling is linear: mean(s) − mean(t) = mean(s − t). One map is pooled instead of two.
+    difference = s - t
+    for level in (4, 2, 1):
+        if level >= s.shape[2]:  # no smaller than the map itself
+            continue
+        weight /= 2
+        weights += weight
+        pooled = average_pool(difference, level)
+        if not any(side % level for side in s.shape[2:]):
+            difference = pooled  # the next level's windows are made of these, all equal
+        loss = loss + weight * pooled.square().mean()
+    return loss / weights
 
 
 def average_pool(x: Tensor, level: int) -> Tensor:
@@ -64,29 +61,19 @@ def average_pool(x: Tensor, level: int) -> Tensor:
     return x.unflatten(2, (level, -1)).unflatten(4, (level, -1)).mean((3, 5))
 
 
-def channel_wise_divergence(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float = 1.0
-) -> Tensor:
-    """`CWloss`: KL(teacher‖student) of each channel's softmax over space, summed over stages.
+def channel_wise_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """`CWloss`: KL(teacher‖student) of each channel's softmax over space.
 
     Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021. Maps are
-    (B, C, h_i, w_i), one for each stage. The loss is multiplied by the temperature's square, so
-    that gradients keep their scale.
+    (B, C, h, w). The loss is multiplied by the temperature's square, so that gradients keep their
+    scale.
     """
-    total = student[0].new_zeros(())
-    for s, t in zip(student, teacher, strict=True):
-        total = total + divergence(s.flatten(2), t.flatten(2), dim=2, temperature=temperature)
-    return total
+    return divergence(student.flatten(2), teacher.flatten(2), dim=2, temperature=temperature)
 
 
-def pixel_wise_divergence(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float = 1.0
-) -> Tensor:
+def pixel_wise_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """`KL`: KL(teacher‖student) of each pixel's softmax over channels. Arguments as above."""
-    total = student[0].new_zeros(())
-    for s, t in zip(student, teacher, strict=True):
-        total = total + divergence(s, t, dim=1, temperature=temperature)
-    return total
+    return divergence(student, teacher, dim=1, temperature=temperature)
 
 
 def divergence(student: Tensor, teacher: Tensor, dim: int, temperature: float) -> Tensor:

@@ -64,21 +64,6 @@ class LossOptions:
         """The stages whose embeddings are aligned."""
         return {0: (), 5: ALL_STAGES}.get(self.embed, (self.embed,))
 
-    def transkd_arguments(self) -> dict[str, Any]:
-        """The arguments of `TransKD` about its losses."""
-        name = self.knowledge_distillation_loss
-        loss = FEATURE_LOSSES[name]
-        weight = self.review_kd_loss_weight
-        if name != "hcl":
-            loss = partial(loss, temperature=self.temperature)
-            weight = self.lambda_cwd
-        return {
-            "feature_loss": loss,
-            "feature_loss_name": name,
-            "feature_weight": weight,
-            "embed_weights": self.embed_weights if self.embed == 5 else (1.0,) * len(self.stages),
-        }
-
 
 @dataclass(frozen=True)
 class Method:
@@ -126,13 +111,22 @@ class Method:
         elif self.alignment is not None and self != METHODS["transkd_base"]:
             # --embed 0 leaves CSF of TransKD-Base, and nothing that is special about the others.
             raise UserError("this method is about patch embeddings; align one stage at least")
+        name = options.knowledge_distillation_loss
+        feature_loss = FEATURE_LOSSES[name]
+        feature_weight = options.review_kd_loss_weight
+        if name != "hcl":
+            feature_loss = partial(feature_loss, temperature=options.temperature)
+            feature_weight = options.lambda_cwd
         return TransKD(
             student,
             class_weights,
             fusion=fusion,
             alignment=alignment,
+            feature_loss=feature_loss,
+            feature_loss_name=name,
+            feature_weight=feature_weight,
+            embed_weights=options.embed_weights if options.embed == 5 else (1.0,),
             logits_loss=logits_loss,
-            **options.transkd_arguments(),
         )
 
 

@@ -5,7 +5,6 @@ One file for each library, with two functions: `matches(state)` recognises its n
 what the library's files say about the network's input and classes.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -32,17 +31,6 @@ class CheckpointInfo:
     normalisation: Normalisation | None = None  # of its input
     class_names: tuple[str, ...] | None = None  # one for each output
     facts: dict[str, Any] = field(default_factory=dict)  # method, dataset, height, step, mean_iou
-
-    def metadata(self) -> dict[str, str]:
-        """As strings, for the header of a file."""
-        metadata = {"facts": json.dumps(self.facts)}
-        if self.model is not None:
-            metadata["model"] = self.model
-        if self.normalisation is not None:
-            metadata["normalisation"] = json.dumps(self.normalisation)
-        if self.class_names is not None:
-            metadata["class_names"] = json.dumps(self.class_names)
-        return metadata
 
 
 def rename(

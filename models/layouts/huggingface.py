@@ -89,14 +89,14 @@ def from_huggingface(state: StateDict) -> StateDict:
 
 def architecture(name: str) -> dict[str, Any]:
     """The arguments of transformers' SegformerConfig that give a SegFormer of ours its shape."""
-    encoder, width = segformer.CONFIGS[name]
+    encoder = segformer.CONFIGS[name]
     return {
         "hidden_sizes": list(encoder.channels),
         "depths": list(encoder.depths),
         "num_attention_heads": list(encoder.heads),
         "sr_ratios": list(encoder.sr_ratios),
         "mlp_ratios": list(encoder.mlp_ratios),
-        "decoder_hidden_size": width,
+        "decoder_hidden_size": encoder.head_width,
     }
 
 
