@@ -7,7 +7,6 @@ processes one builds and the other waits. Its name holds a hash of the settings 
 file's path, size and time: a changed source makes a new cache, which replaces the old one.
 """
 
-import functools
 import hashlib
 import logging
 import math
@@ -30,7 +29,6 @@ from files import acquire
 from progress import track
 
 log = logging.getLogger(__name__)
-warn_once = functools.cache(log.warning)  # training and validation split both ask
 
 NO_CACHE = (OSError, ValueError, EOFError)  # a power failure can leave empty files
 
@@ -40,9 +38,7 @@ def default_cache_dir() -> Path:
     try:
         return Path(os.environ.get("TRANSKD_CACHE") or "~/.cache/transkd").expanduser()
     except RuntimeError:  # a user without an entry in the system, as containers have
-        folder = Path(tempfile.gettempdir()) / "transkd"
-        warn_once("there is no home folder; the cache goes to %s", folder)
-        return folder
+        return Path(tempfile.gettempdir()) / "transkd"
 
 
 class Cache:

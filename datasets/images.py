@@ -100,13 +100,9 @@ def read_label(path: Path, encoding: Encoding, classes: Classes) -> np.ndarray:
         )
     if packing in LOW_DEPTHS:
         values = values // np.uint8(LOW_DEPTHS[packing])
-    table = classes.table(encoding)
-    if values.dtype == np.uint8:
-        label = table[values]
-    else:  # bilevel, 16 or 32 bits
-        values = values.astype(np.int64)
-        label = table[values.clip(0, 255)]
-        label[(values < 0) | (values > 255)] = UNEXPECTED
+    as_bytes = values.astype(np.uint8)  # of bilevel, 16 and 32 bits as well
+    label = classes.table(encoding)[as_bytes]
+    label[values != as_bytes] = UNEXPECTED
     if (label == UNEXPECTED).any():
         unexpected = np.unique(values[label == UNEXPECTED])
         expected = f"train ids (0–{classes.num_classes - 1}, 255)"

@@ -56,13 +56,12 @@ def quantise(path: Path, photographs: Iterator[np.ndarray]) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    images = (np.asarray(pixels, np.float32).transpose(2, 0, 1) / 255 for pixels in photographs)
+    inputs = ({"images": image[None]} for image in images)  # (1, 3, H, W)
+
     class Photographs(CalibrationDataReader):
         def get_next(self) -> dict[str, Any] | None:
-            pixels = next(photographs, None)
-            if pixels is None:
-                return None
-            image = np.asarray(pixels, np.float32).transpose(2, 0, 1) / 255  # (3, H, W)
-            return {"images": image[None]}
+            return next(inputs, None)
 
     quant_pre_process(path, path)
     logging.disable(logging.WARNING)  # it warns that a LayerNorm's weight has no channels

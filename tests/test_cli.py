@@ -14,6 +14,7 @@ from errors import UserError
 from files import ROOT, atomic_write
 from models import info
 from models.distillation.methods import METHODS
+from progress import progress_line
 from tests import runs
 from train import distill
 
@@ -39,6 +40,13 @@ def test_what_a_user_can_cause_is_one_line(error, code, says, monkeypatch, capsy
     assert run(monkeypatch, error) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(says)
+
+
+def test_a_mistake_stands_behind_a_progress_line(monkeypatch, capsys) -> None:
+    line = progress_line("training", 5)
+    assert run(monkeypatch, UserError("no such thing")) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no such thing"
+    assert line.disable  # it is closed, and comes no more
 
 
 @pytest.mark.parametrize("error", [OSError("no path"), RuntimeError("ours")])

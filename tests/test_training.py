@@ -76,7 +76,7 @@ def test_schedule() -> None:
         (student, {"accumulate": 3}, "--batch-size 2 can't be divided by 3"),
         (student, {"compile_mode": "max-autotune", "accumulate": 2}, "without --accumulate"),
         (student, {"published_shift": True, "loss_size": "full"}, "^--published-shift goes"),
-        (student, {"scale": (2.0, 0.5)}, "^--scale takes the smaller factor first"),
+        (student, {"scale": [2.0, 0.5]}, "^--scale takes the smaller factor first"),
         (TransKD_GLMixer, {"embed": 2}, "stage 4"),
         (TransKD_EA, {"embed": 0}, "align one stage"),
         (student, {"visualize": True}, "^visdom is not installed; pip .*README.md"),
