@@ -88,19 +88,20 @@ class LoggedRun:
 def main(options: Options) -> None:
     if not options.runs:
         raise UserError("no run given; name at least one run folder")
-    names = [folder.resolve().name for folder in options.runs]
+    folders = [folder.expanduser() for folder in options.runs]
+    names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
-        names = [str(folder) for folder in options.runs]
-    for folder in options.runs:
+        names = [str(folder) for folder in folders]
+    for folder in folders:
         read_records(folder / "metrics.jsonl")  # what is no run is refused before the long work
-    for folder in options.runs:
+    for folder in folders:
         if options.evaluate and read_evaluation(folder) is None:
             trained = read_json(folder / "options.json") or {}
             weights = folder / f"{trained.get('network', 'student')}.safetensors"
             flags = IoUOptions(Path(trained["datadir"]), weights=weights, device=options.device)
             flags.json = folder / "eval.json"
             score(trained["dataset"], flags)
-    runs = dict(zip(names, options.runs, strict=True))
+    runs = dict(zip(names, folders, strict=True))
     path = write_report(options.output, runs=runs, device=options.device, plots=options.plots)
     print(f"report: {path}")
 

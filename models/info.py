@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cli
 from datasets.transforms import require_height
+from errors import UserError
 from models.distillation import Distiller, TransKD
 from models.distillation.methods import METHODS, PUBLISHED
 from models.factory import MODELS, create_model
@@ -156,7 +157,10 @@ def main(options: Options) -> None:
         rows[0] += ["ms", "images/s", "MiB peak"]
     for name in options.names:
         row = [name, "", "", ""]
-        if not name.endswith(".onnx"):
+        if name.endswith(".onnx"):
+            if not options.measure:
+                raise UserError(f"{name} can be measured, not counted; add --measure")
+        else:
             with torch.device("meta"):
                 module, images = build(name), torch.empty(1, 3, options.height, options.width)
             macs = count_macs(module, images).total(), executed_macs(module, images)

@@ -71,9 +71,10 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
     learner = compile_and_wrap(distiller, teacher, run)
     logger = Logger(options, run.train_set.samples, total_steps, state.step)
     logger.record("start", state.epoch, total_steps=total_steps, **provenance(device))
+    names = distiller.student.name + ("" if teacher is None else f" taught by {teacher.name}")
     logger.say(
-        f"{options.method}: {len(run.train_set)} training and {len(run.val_set)} validation "
-        f"images, {total_steps} steps, {steps_per_epoch} an epoch, on {device}, in "
+        f"{options.method}: {names}, {len(run.train_set)} training and {len(run.val_set)} "
+        f"validation images, {total_steps} steps, {steps_per_epoch} an epoch, on {device}, in "
         f"{options.run_dir}"
     )
     if options.run.validate_teacher and teacher is not None:

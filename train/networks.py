@@ -34,13 +34,14 @@ def teacher_path(options: DistillationOptions, dataset: str) -> Path:
     model = options.teacher_model or "segformer_b2"
     suffix = "th" if model.startswith("pvt") else "pth"  # as released
     name = f"{model.replace('_', '')}_teacher_{dataset.lower()}"
-    for path in (trained, OUTPUTS / f"{name}.{suffix}"):
+    released = OUTPUTS / f"{name}.{suffix}"
+    for path in (trained, released):
         if path.is_file():
             return path
     raise UserError(
-        f"no teacher: neither {trained}, which train/teacher.py writes, nor {name}.{suffix} beside "
-        f"it; python -m models.zoo download {name}, or --teacher-weights FILE or a name of the "
-        "hub, nvidia/segformer-b2-finetuned-cityscapes-1024-1024"
+        f"no teacher: neither {trained}, which train/teacher.py writes, nor {released}; "
+        f"python -m models.zoo download {name}, or --teacher-weights FILE or a name of the hub, "
+        "nvidia/segformer-b2-finetuned-cityscapes-1024-1024"
     )
 
 

@@ -125,6 +125,8 @@ def new_run(
     name = f"{row.name}-seed{seed}" if row.script else row.name
     folder = output / name
     weights = Path(row.weights).expanduser()  # unless the row trains its own
+    if weights.exists():  # else a name of the hub
+        weights = weights.absolute()
     teacher: TableRun | None = None
     parsed: TrainingOptions | None = None
     commands: list[list[str]] = []
