@@ -78,6 +78,7 @@ def use_cache(scenes: SceneDataset, directory: Path | None = None) -> None:
     names = fingerprint([str(path.absolute()) for path in paths])
     stats = [path.stat() for path in paths]
     version = fingerprint(
+        2,  # raised whenever reading changes
         [(stat.st_size, stat.st_mtime_ns) for stat in stats],
         [sample.encoding for sample in scenes.samples],
         [scenes.classes.table(kind).tobytes() for kind in ("train_ids", "label_ids")],

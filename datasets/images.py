@@ -92,6 +92,8 @@ def read_label(path: Path, encoding: Encoding, classes: Classes) -> np.ndarray:
     with open_image(path) as image:
         tiles: Any = getattr(image, "tile", None)  # which is gone once it is decoded
         packing = tiles[0].args if tiles else None
+        if image.format in ("JPEG", "MPO"):
+            raise UserError(f"{path} is a JPEG, which changes class ids; write labels as PNG")
         image = upright(image, path)
     values = by_palette(image, path, encoding, classes) if image.mode == "P" else np.asarray(image)
     if values.ndim != 2:
@@ -113,6 +115,12 @@ def read_label(path: Path, encoding: Encoding, classes: Classes) -> np.ndarray:
             hint = "these look like label ids: name such files *_labelIds.png"
         shown = ", ".join(str(value) for value in unexpected[:8])
         raise UserError(f"{path} holds values that are no {expected}: {shown}; {hint}")
+    *others, largest = np.unique(values).tolist()
+    if encoding == "label_ids" and largest == 255 and others:
+        # 255 is rare among label ids, and so are those that mean nothing without any large one.
+        meaningless = set(others) & set(classes.ignored_label_ids) - {0}
+        if others[-1] < classes.num_classes and meaningless:
+            raise UserError(f"{path} seems to hold train ids; name such files *_labelTrainIds.png")
     return label
 
 
@@ -123,8 +131,9 @@ def by_palette(image: Image.Image, path: Path, encoding: Encoding, classes: Clas
     """
     values, table = np.asarray(image), classes.table(encoding)
     palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
-    if (palette == palette[:, :1]).all():
-        return palette[:, 0][np.minimum(values, len(palette) - 1)]
+    greys = palette[:, 0][np.minimum(values, len(palette) - 1)]
+    if (palette == palette[:, :1]).all() and len(np.unique(greys)) == len(np.unique(values)):
+        return greys
     colours = np.concatenate([classes.palette, VOC_COLOURS[255:]])  # and that of VOC's borders
     meanings = np.array([*range(classes.num_outputs), classes.ignore])
     for index in np.flatnonzero(np.bincount(values.ravel(), minlength=256)):

@@ -79,7 +79,7 @@ def restrict(samples: Sequence[Sample], list_file: Path) -> list[Sample]:
             by_ending[ending.removesuffix(sample.image.suffix)].add(sample.name)
 
     def fitting(path: str) -> set[str]:
-        path = os.path.normpath(path).lstrip("/")
+        path = os.path.normpath(path.replace("\\", "/")).lstrip("/")
         for ending in endings_of(path):  # a whole path first, wherever the data lay
             if ending in whole:
                 return {ending}

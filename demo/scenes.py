@@ -12,7 +12,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +26,8 @@ import cli
 from datasets.classes import CITYSCAPES
 from demo.painting import Canvas, shade
 from demo.street import paint_street
-from files import atomic_write
+from errors import UserError
+from files import atomic_write, make_folder, read_json, write_json
 from progress import track
 
 WEATHERS = ("clear", "fog", "night", "rain", "snow")
@@ -95,6 +96,13 @@ def draw_files(options: Options, scene: Any) -> None:
 
 
 def main(options: Options) -> None:
+    # What is drawn is kept, so it must be what is asked for now.
+    record = options.output / "scenes.json"
+    asked = asdict(options) | {"output": ""}
+    if (read_json(record) or asked) != asked:
+        raise UserError(f"{options.output} holds other scenes; remove it, or name another folder")
+    make_folder(options.output)
+    write_json(asked, record)
     todo = [scene for scene in scenes(options) if not (scene[0].exists() and scene[1].exists())]
     workers = min(os.cpu_count() or 1, 1 + len(todo) // 64)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

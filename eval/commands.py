@@ -1,5 +1,6 @@
 """What the evaluation scripts share: their flags, scoring a split, rendering it."""
 
+import logging
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from eval.inference import ONE_VIEW, Evaluation, Protocol, Views, evaluate
 from eval.metrics import percent
 from eval.predictor import Predictor, write_pictures
 from files import OUTPUTS, make_folder, write_json
+
+log = logging.getLogger(__name__)
 
 PROTOCOLS = {"paper": "on quarter-size maps (paper)", "full": "at the labels' own size (full)"}
 
@@ -105,6 +108,8 @@ def score(dataset: str, options: IoUOptions) -> Evaluation:
     json = options.json and claim_file(options.json)
     weights = find_weights(options, dataset)
     predictor = Predictor(weights, dataset=dataset, height=options.height, device=options.device)
+    if options.protocol == "full" and getattr(predictor.network, "predicts_classes", False):
+        log.warning("%s predicts classes; enlarged logits would score differently", weights)
     height = predictor.height
     data = open_split(dataset, options.datadir, options.subset, height=height)
     evaluation = evaluate(

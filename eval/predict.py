@@ -175,7 +175,9 @@ def predict_video(
         adders: dict[str, Any] = {}
         for kind, path in targets.items():
             if kind != "label_ids":
-                adders[kind] = stack.enter_context(writing_video(path, video.stream))
+                adders[kind] = stack.enter_context(writing_video(path, video))
+            for frame in path.glob("[0-9]*.png"):  # of an earlier video, which may have had more
+                frame.unlink()
         predicted = predictor.predict(video.frames(), options.batch_size)
         painted = track(ahead(threads, draw_kinds, predicted, 4), source.name, count)
         for index, ((time, _, _), pictures) in enumerate(painted):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import cli
 from datasets import LAYOUTS
-from datasets.images import read_photograph
+from datasets.images import read_photograph, upright
 from datasets.transforms import require_height, resize_image, to_float
 from errors import UserError
 from eval.rendering import colorize, draw, save_png
@@ -90,7 +90,7 @@ class Predictor:
         elif isinstance(photo, np.ndarray):
             picture = Image.fromarray(photo)
         else:
-            picture = photo.convert("RGB")
+            picture = upright(photo, Path("the picture")).convert("RGB")
         (labels,) = self.labels([picture])
         return labels, colorize(labels, self.classes)
 

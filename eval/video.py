@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
+from av.video.reformatter import Colorspace
 from PIL import Image
 
 from errors import UserError
@@ -31,6 +33,7 @@ class Video:
             raise self.unreadable("there is no video in it")
         self.stream: Any = container.streams.video[0]
         self.stream.thread_type = "AUTO"
+        self.turned = False  # by a quarter, as phones are held
 
     def unreadable(self, reason: str | None) -> UserError:
         return UserError(f"{self.path} can't be read as a video: {reason}")
@@ -52,9 +55,10 @@ class Video:
                     continue
                 for frame in decoded:
                     picture = frame.to_image()
+                    self.turned = frame.rotation % 180 != 0
                     if frame.rotation:
                         picture = picture.rotate(frame.rotation, expand=True)
-                    last = max(last + 1, frame.pts or 0)
+                    last = max(last + 1, (frame.pts or 0) - (self.stream.start_time or 0))
                     yield last, picture
         except av.FFmpegError as error:
             raise self.unreadable(error.strerror) from error
@@ -65,14 +69,15 @@ class Video:
 
 
 @contextmanager
-def writing_video(path: Path, source: Any) -> Iterator[Callable[[Image.Image, int], None]]:
+def writing_video(path: Path, video: Video) -> Iterator[Callable[[Image.Image, int], None]]:
     """Write an MP4 file (H.264), which has its name only when the block ends without an error.
 
-    Frame rate, unit of time and shape of the pixels are those of `source`, a video stream of
-    PyAV's. Yields a function that adds a picture, to be shown at a time in units of the source's
-    `time_base`. The size is that of the first picture; an odd side keeps full colour resolution,
-    which not every player shows. Raises UserError if the file can't be written.
+    Frame rate, unit of time and shape of the pixels are those of `video`. Yields a function that
+    adds a picture, to be shown at a time in units of the video's `time_base`. The size is that of
+    the first picture; an odd side keeps full colour resolution, which not every player shows.
+    Raises UserError if the file can't be written.
     """
+    source = video.stream
     stream: Any = None
 
     def add(picture: Image.Image, time: int) -> None:
@@ -84,7 +89,9 @@ def writing_video(path: Path, source: Any) -> Iterator[Callable[[Image.Image, in
             even = picture.width % 2 == picture.height % 2 == 0
             stream.pix_fmt = "yuv420p" if even else "yuv444p"
             stream.codec_context.time_base = source.time_base
-            stream.codec_context.sample_aspect_ratio = source.sample_aspect_ratio or 1
+            shape = Fraction(source.sample_aspect_ratio or 1)
+            stream.codec_context.sample_aspect_ratio = 1 / shape if video.turned else shape
+            stream.codec_context.colorspace = Colorspace.ITU601  # by which PyAV converts
         frame = av.VideoFrame.from_image(picture)
         frame.pts = time
         frame.time_base = source.time_base

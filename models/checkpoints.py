@@ -8,6 +8,7 @@ Nothing is ever unpickled but tensors and numbers: `.safetensors`, or `torch.loa
 """
 
 import json
+import logging
 import pickle
 import re
 import warnings
@@ -32,13 +33,15 @@ from models.layouts import (
     timm,
 )
 
+log = logging.getLogger(__name__)
+
 LAYOUTS = (huggingface, mmsegmentation, timm)
 # What the weights of a folder are called.
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")
 # Under these names training frameworks nest the weights in their checkpoints.
 CONTAINERS = ("averaged", "model", "state_dict", "model_state_dict", "state_dict_ema")
-# Prefixes of DataParallel and of torch.compile.
-WRAPPERS = ("module.", "_orig_mod.")
+# Prefixes of DataParallel and weight averages, of torch.compile, and of Lightning.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
 # Names of the last layer's weight, (classes, D, 1, 1).
 CLASSIFIERS = (
     "linear_pred.weight",  # SegFormer and LVT, as published
@@ -85,6 +88,8 @@ def read_checkpoint(source: Path | str) -> Checkpoint:
         state, theirs = layout.read(state, metadata, path)
         names = theirs.class_names or info.class_names
         info = replace(theirs, class_names=names, facts=info.facts | theirs.facts)
+    elif info.model is None and path.suffix == ".safetensors":  # ours, saved by another program
+        log.warning("%s doesn't say what input it wants; none is normalised", path)
     checkpoint = Checkpoint(str(path), state, info)
     outputs = len(state.get(checkpoint.classifier or "", ()))
     if outputs and info.class_names and len(info.class_names) != outputs:
@@ -178,6 +183,7 @@ def state_in(content: Any, path: Path) -> StateDict:
 
 def bare_network(state: StateDict) -> StateDict:
     """Without wrappers and, of a distilled one, without the modules beside `student.`."""
+    state = {key: value for key, value in state.items() if key != "n_averaged"}  # torch's averages
     for wrapper in WRAPPERS * 2:  # a file may have been wrapped twice
         if all(key.startswith(wrapper) for key in state):
             state = {key.removeprefix(wrapper): value for key, value in state.items()}

@@ -39,6 +39,7 @@ class OnnxModel(nn.Module):
             reason = str(error).splitlines()[0][:120]
             raise UserError(f"{path} is no network that models.export wrote ({reason})") from error
         self.num_classes = len(self.class_names)
+        self.predicts_classes = self.session.get_outputs()[0].name == "classes"
 
     def forward(self, images: Tensor) -> SegmentationOutput:
         """Images (B, 3, H, W), RGB in [0, 1] -> logits (B, classes, h, w), or classes (B, h, w)."""

@@ -47,7 +47,7 @@ RELEASED = {f"module.{published_key(key)}": value for key, value in DISTILLED.it
 BESIDE = {"epoch": 3, "arch": "SegFormer", "best": torch.tensor(0.5), "optimizer": {"state": {}}}
 SCORES = {"best_acc": np.float64(0.5), "iou": np.float32(0.5), "step": np.int64(7)}
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "wrapped": prefixed("module.module._orig_mod.", PLAIN),
+    "wrapped": prefixed("module.model._orig_mod.", PLAIN) | {"n_averaged": torch.tensor(3)},
     "numbers_of_numpy": BESIDE | SCORES | {"model": "segformer_b0", "state_dict": PLAIN},
     "averaged": {"model": OTHER, "averaged": DISTILLED},
     "released": BESIDE | {"state_dict": RELEASED},
@@ -188,6 +188,12 @@ def test_what_is_no_network_is_refused(content: Any, says: str, tmp_path: Path) 
     assert says in refusal(load_model, write(content, tmp_path / "w.pth"))
 
 
+def test_our_weights_saved_by_others_lose_what_they_told(tmp_path: Path, caplog: Log) -> None:
+    save_file(PLAIN, tmp_path / "w.safetensors")
+    assert load_model(tmp_path / "w.safetensors").normalisation is None
+    assert "doesn't say what input it wants; none is normalised" in caplog.text
+
+
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     """A file that is missing, truncated, or none of weights; a name that safetensors can't open."""
     path = tmp_path / "w.pth"
@@ -265,7 +271,7 @@ def test_without_a_preprocessor_their_default_is_taken_and_said(folder: Path, ca
     assert_given(folder, "ImageNet's")
     assert "has no preprocessor_config.json; ImageNet's normalisation is taken" in caplog.text
     # A Trainer leaves one in the folder above.
-    content = {"do_normalize": False, "size": {"height": 96, "width": 192}}
+    content = {"do_normalize": False, "size": {"height": 192, "width": 96}}
     (folder.parent / "preprocessor_config.json").write_text(json.dumps(content))
     assert_given(folder, "RGB")
     assert read_checkpoint(folder).info.facts == {"height": 96}
@@ -285,6 +291,7 @@ PREPROCESSOR = BYTES | {"type": "SegDataPreProcessor"}
         ({"image_processor": OF_FLOATS}, "normalised", ""),
         (OF_BYTES | {"do_rescale": False}, "normalised", ""),
         ({"image_mean": 0.2, "image_std": [0.5]}, "by one number", ""),
+        ({"image_mean": 0.0, "image_std": 1.0}, "RGB", ""),
         ({"do_normalize": False, "rescale_factor": 1.0}, "RGB to 255", ""),
         ({"do_normalize": False, "do_pad": True, "resample": 3}, "RGB", "do_pad, another way"),
         # the configuration of mmsegmentation and of the SegFormer repository

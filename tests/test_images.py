@@ -103,6 +103,7 @@ CITY[255] = CITYSCAPES.palette[13]  # as licence plates are coloured
         ("train_ids", np.roll(CITY, -1, axis=0), [0, 3], "0 has the colour of sidewalk"),
         ("label_ids", np.roll(CITY, 7, axis=0), [0, 7, 8], [19, 0, 1]),  # sidewalk is 8
         ("train_ids", colormap(256), [0, 3, 18, 255], [0, 3, 18, 19]),  # VOC's
+        ("train_ids", 0 * GREYS, [0, 3], "3 has the colour of ignore"),
     ],
 )
 def test_palettes(encoding, colours, indices, meaning, tmp_path) -> None:
@@ -115,6 +116,14 @@ def test_palettes(encoding, colours, indices, meaning, tmp_path) -> None:
     else:
         with pytest.raises(UserError, match=meaning):
             read_label(tmp_path / "l.png", encoding, CITYSCAPES)
+
+
+def test_labels_that_would_be_misread(tmp_path: Path) -> None:
+    ids = Image.fromarray(np.array([[0, 1, 10, 18, 255]], np.uint8))
+    for kind, says in (("PNG", "seems to hold train ids"), ("JPEG", "is a JPEG")):
+        ids.save(tmp_path / "l.png", kind)
+        with pytest.raises(UserError, match=says):
+            read_label(tmp_path / "l.png", "label_ids", CITYSCAPES)
 
 
 def exif(*tags: tuple[int, int, int, bytes]) -> bytes:

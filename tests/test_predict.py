@@ -17,6 +17,7 @@ from demo import app
 from errors import UserError
 from eval.predict import Options, main
 from eval.predictor import Predictor
+from eval.rendering import save_png
 from eval.video import Video
 from models import create_model, load_model, save_model
 from tests.golden_data import seed
@@ -122,7 +123,8 @@ def test_a_folder(weights, photographs, tmp_path) -> None:
         assert np.abs(np.asarray(made["overlay"]) - blend).max() <= 1
         assert made["side_by_side"].height > photograph.height
         # From Python, and at another height.
-        for given in (photographs / source, photograph, np.asarray(photograph)):
+        path = photographs / source
+        for given in (path, Image.open(path), photograph, np.asarray(photograph)):
             labels, colours = predictor(given)
             assert equal(labels, expected(weights, photograph, 96))
             assert (np.asarray(colours) == CITYSCAPES.palette[labels]).all()
@@ -157,7 +159,7 @@ def test_what_the_page_shows(weights, photographs) -> None:
 def test_a_damaged_file_costs_itself_alone(weights, photographs, tmp_path, caplog) -> None:
     folder, long = tmp_path / "in", 251 * "x"  # names may have 255 bytes
     whole = (photographs / "a.png").read_bytes()
-    film(folder / "z.mkv", 0, 80)
+    film(folder / "z.mkv", 7_200_000, 7_200_080)  # of a recorder that began two hours before
     (folder / "a.png").write_bytes(whole[:2000])
     (folder / "b.png").write_bytes(whole)
     (folder / f"{long}.png").write_bytes(whole)
@@ -165,6 +167,7 @@ def test_a_damaged_file_costs_itself_alone(weights, photographs, tmp_path, caplo
     with pytest.raises(UserError, match=r"2 of 5 inputs can't be done: .*…"):
         main(Options((str(folder),), weights, tmp_path / "out", kinds=("color",)))
     assert names(tmp_path / "out") == {"color/b.png", f"color/{long}.png", "color/z.mp4"}
+    assert shown(tmp_path / "out" / "color" / "z.mp4")[1] == pytest.approx([0, 0.08], abs=1e-3)
     assert "a.png can't be read" in caplog.text
     assert "cut.mp4 can't be read as a video: Invalid data" in caplog.text
 
@@ -175,6 +178,7 @@ def test_a_video(weights, tmp_path, caplog) -> None:
     packets = film(drive, 0, 40, 200, 400, 440, 1000)
     frames, _, aspect = shown(drive)
     drive.write_bytes(drive.read_bytes().replace(packets[2], bytes(len(packets[2]))))
+    save_png(frames[0], out / "label_ids" / "drive.mp4" / "000007.png")  # of a longer one before
     main(Options((str(drive),), weights, out, kinds=KINDS, batch_size=2))
     assert "packets that can't be decoded and are skipped: 1" in caplog.text
     ids = [f"label_ids/drive.mp4/{index:06}.png" for index in range(5)]
@@ -199,12 +203,14 @@ def test_a_turned_video_of_odd_size(weights, tmp_path) -> None:
         stream: Any = container.add_stream("libx264", rate=5)
         stream.width, stream.height = picture.size
         stream.pix_fmt = "yuv444p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
         stream.set_display_rotation(90)  # players then show the left half below
         container.mux(stream.encode(av.VideoFrame.from_image(picture)))
         container.mux(stream.encode(None))
     out = tmp_path / "out"
     main(Options((str(tmp_path / "phone.mp4"),), weights, out, kinds=("overlay",), alpha=0))
-    (frame,) = shown(out / "overlay" / "phone.mp4")[0]
+    (frame,), _, shape = shown(out / "overlay" / "phone.mp4")
+    assert shape == Fraction(3, 4)
     top, bottom = (np.asarray(frame)[y, 16].astype(int) for y in (4, 60))
     assert frame.size == (33, 65) and top[2] > 200 > top[0] and bottom[0] > 200 > bottom[2]
 

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from datasets import CITYSCAPES
 from demo.scenes import draw_scene, write_dataset
+from errors import UserError
 
 SMALL = {"train": 3, "val": 2, "height": 32, "width": 64}
 ROAD, SKY = (CITYSCAPES.names.index(name) for name in ("road", "sky"))
@@ -38,4 +40,6 @@ def test_a_scene_is_the_same_however_it_is_drawn(tmp_path):
     written = kept.stat().st_mtime_ns
     assert files(write_dataset(tmp_path / "few", **SMALL)) == few
     assert kept.stat().st_mtime_ns == written
+    with pytest.raises(UserError, match="few holds other scenes"):
+        write_dataset(tmp_path / "few", **SMALL | {"height": 64})
     assert few.items().isdisjoint(files(write_dataset(tmp_path / "seed", **SMALL, seed=1)).items())

@@ -177,7 +177,7 @@ def test_one_failure_does_not_lose_the_others(tmp_path: Path) -> None:
 
 
 @runs.as_a_process()
-def test_teachers_first_and_a_device_for_each(tmp_path: Path) -> None:
+def test_teachers_first_and_a_device_for_each(tmp_path: Path, capsys: Any) -> None:
     note = "open('../gpus', 'a').write(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.5)"
     elsewhere, teacher = job(tmp_path, "elsewhere"), job(tmp_path, "teacher", note)
     students = [job(tmp_path, "taught", teacher=teacher), job(tmp_path, "alone", note)]
@@ -191,6 +191,7 @@ def test_teachers_first_and_a_device_for_each(tmp_path: Path) -> None:
     with lock:
         slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "35"]
         run_here([elsewhere, teacher, *students], slots, ended)
+    assert capsys.readouterr().err.count("waiting for elsewhere, which another table runs") == 1
     order = (tmp_path / "order").read_text().split()
     assert sorted(order[:2]) == ["alone", "teacher"] and order[2:] == ["taught"]
     assert sorted((tmp_path / "gpus").read_text()) == ["3", "5"]

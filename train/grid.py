@@ -94,7 +94,7 @@ def read_grid(name: Path) -> Grid:
         known = ", ".join(sorted(grid.stem for grid in folder.glob("*.toml")))
         raise UserError(f"no grid at {name}; name a TOML file, or one of {known}")
     try:
-        grid = msgspec.toml.decode(path.read_bytes(), type=Grid)
+        grid = msgspec.toml.decode(path.read_text(encoding="utf-8-sig"), type=Grid)
     except ValueError as error:
         raise UserError(f"{path} is no grid ({error}); see the head of train/grid.py") from error
     grid.title = grid.title or path.stem

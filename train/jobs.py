@@ -123,6 +123,7 @@ def run_here(jobs: Iterable[Job], slots: list[Slot], report: Callable[[], object
     """
     waiting = list(jobs)
     running: list[Running] = []
+    elsewhere: set[Job] = set()
     free = list(slots)
     signals = remember_signals()
     while waiting or running:
@@ -136,7 +137,11 @@ def run_here(jobs: Iterable[Job], slots: list[Slot], report: Callable[[], object
                 waiting.remove(job)
             elif free and (teacher is None or teacher.is_done):
                 started = start(job, free[0])
-                if started is not None:  # else another table is at work on it: ask again later
+                if started is None:  # ask again later
+                    if job not in elsewhere:
+                        print(f"waiting for {job.name}, which another table runs", file=sys.stderr)
+                    elsewhere.add(job)
+                else:
                     running.append(started)
                     waiting.remove(job)
                     free.pop(0)

@@ -133,8 +133,9 @@ def read(
         processor = processor.get("image_processor", processor)
         chosen = normalisation_of(processor)
         size = processor.get("size")
-        if isinstance(size, dict):
-            size = size.get("shortest_edge", size.get("height"))
+        if isinstance(size, dict):  # where it is height and width, we keep the image's aspect
+            sides = [size[key] for key in ("shortest_edge", "height", "width") if key in size]
+            size = min(sides, default=None)
         facts = {} if size is None else {"height": int(size)}
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
         where = f"config.json or {file.name if file else files[0]} of {folder}"
@@ -164,4 +165,5 @@ def normalisation_of(processor: dict[str, Any]) -> Normalisation | None:
     if kind and not kind.startswith("Segformer") and "image_mean" not in processor:
         raise ValueError(f"no image_mean, and the default of {kind} is not known here")
     mean, std = processor.get("image_mean"), processor.get("image_std")
-    return normalisation(mean or IMAGENET.mean, std or IMAGENET.std, scale)
+    mean, std = (IMAGENET.mean if mean is None else mean), (IMAGENET.std if std is None else std)
+    return normalisation(mean, std, scale)
