@@ -92,35 +92,36 @@ def read_label(path: Path, encoding: Encoding, classes: Classes) -> np.ndarray:
     with open_image(path) as image:
         tiles: Any = getattr(image, "tile", None)  # which is gone once it is decoded
         packing = tiles[0].args if tiles else None
-        if image.format in ("JPEG", "MPO"):
-            raise UserError(f"{path} is a JPEG, which changes class ids; write labels as PNG")
+        kind = image.format
         image = upright(image, path)
     values = by_palette(image, path, encoding, classes) if image.mode == "P" else np.asarray(image)
-    if values.ndim != 2:
+    if values.ndim != 2 or kind in ("JPEG", "MPO"):  # which changes numbers
         raise UserError(
-            f"{path} looks like a colour map (mode {image.mode}); expected one channel of class ids"
+            f"{path} looks like a picture ({kind}, mode {image.mode}), such as a colour map; "
+            "expected a PNG with one channel of class ids"
         )
     if packing in LOW_DEPTHS:
         values = values // np.uint8(LOW_DEPTHS[packing])
     as_bytes = values.astype(np.uint8)  # of bilevel, 16 and 32 bits as well
     label = classes.table(encoding)[as_bytes]
     label[values != as_bytes] = UNEXPECTED
-    if (label == UNEXPECTED).any():
-        unexpected = np.unique(values[label == UNEXPECTED])
+    unexpected = set(np.unique(values[label == UNEXPECTED]).tolist())
+    hint = "is this a colour map, or a label of another data set?"
+    if encoding == "train_ids":
         expected = f"train ids (0–{classes.num_classes - 1}, 255)"
-        hint = "is this a colour map, or a label of another data set?"
-        if encoding == "label_ids":
-            expected = f"label ids of {classes.name}"
-        elif {*classes.label_ids, *classes.ignored_label_ids}.issuperset(unexpected.tolist()):
+        if unexpected and unexpected <= {*classes.label_ids, *classes.ignored_label_ids}:
             hint = "these look like label ids: name such files *_labelIds.png"
-        shown = ", ".join(str(value) for value in unexpected[:8])
+    else:
+        expected = f"label ids of {classes.name}"
+        if not unexpected and (values == 255).any():
+            # 255 is rare among label ids, and so are those without a class if none is large.
+            ids = set(np.unique(values).tolist()) - {255}
+            if max(ids, default=0) < classes.num_classes:
+                unexpected = ids & set(classes.ignored_label_ids) - {0}
+                hint = "these look like train ids: name such files *_labelTrainIds.png"
+    if unexpected:
+        shown = ", ".join(str(value) for value in sorted(unexpected)[:8])
         raise UserError(f"{path} holds values that are no {expected}: {shown}; {hint}")
-    *others, largest = np.unique(values).tolist()
-    if encoding == "label_ids" and largest == 255 and others:
-        # 255 is rare among label ids, and so are those that mean nothing without any large one.
-        meaningless = set(others) & set(classes.ignored_label_ids) - {0}
-        if others[-1] < classes.num_classes and meaningless:
-            raise UserError(f"{path} seems to hold train ids; name such files *_labelTrainIds.png")
     return label
 
 

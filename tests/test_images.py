@@ -39,7 +39,7 @@ def test_sizes_of_the_paper() -> None:
     ("array", "words"),
     [
         (np.full((64, 96), 26), "no train ids .*: 26; these look like label ids: name .*_labelIds"),
-        (np.full((64, 96, 3), 0), "looks like a colour map"),
+        (np.full((64, 96, 3), 0), r"looks like a picture \(PNG, mode RGB\)"),
         (np.zeros((32, 48)), "is 64×96 pixels .* is 32×48"),
     ],
 )
@@ -120,7 +120,7 @@ def test_palettes(encoding, colours, indices, meaning, tmp_path) -> None:
 
 def test_labels_that_would_be_misread(tmp_path: Path) -> None:
     ids = Image.fromarray(np.array([[0, 1, 10, 18, 255]], np.uint8))
-    for kind, says in (("PNG", "seems to hold train ids"), ("JPEG", "is a JPEG")):
+    for kind, says in (("PNG", "1, 10, 18; these look like train ids"), ("JPEG", "a picture")):
         ids.save(tmp_path / "l.png", kind)
         with pytest.raises(UserError, match=says):
             read_label(tmp_path / "l.png", "label_ids", CITYSCAPES)

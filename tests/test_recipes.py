@@ -47,7 +47,7 @@ def test_values_out_of_range() -> None:
 
 
 def rates(recipe: RecipeOptions, images: int, steps_per_epoch: int) -> list[float]:
-    plan = Plan.of(recipe, 2, images, steps_per_epoch)
+    plan = Plan(recipe, 2, images, steps_per_epoch)
     return [plan.learning_rate(1 + s // steps_per_epoch, s) for s in range(plan.steps)]
 
 
@@ -59,11 +59,11 @@ def test_the_step_budget() -> None:
     common: dict[str, Any] = {"num_epochs": 3, "lr_decay_epochs": 4, "lr": 1.0}
     kept = RecipeOptions(batch_size=8, keep_steps=True, **common)
     assert rates(kept, 7, 1) == rates(RecipeOptions(**common), 7, 4)
-    uneven = Plan.of(kept, 2, 5, 2)
+    uneven = Plan(kept, 2, 5, 2)
     assert (uneven.steps, uneven.epochs) == (9, 5)
-    assert Plan.of(kept, 2, 7, 1).total_steps(5, 0, 4) == 12
+    assert Plan(kept, 2, 7, 1).total_steps(5, 0, 4) == 12
     # 20 steps are done, 2 of them in this epoch, or 9 of another batch: a whole epoch is left.
-    plain = Plan.of(RecipeOptions(**common), 2, 7, 4)
+    plain = Plan(RecipeOptions(**common), 2, 7, 4)
     assert [plain.total_steps(epoch, 2, 20) for epoch in (2, 3, 4)] == [26, 22, 20]
     assert plain.total_steps(2, 9, 20) == 24
 

@@ -1,8 +1,10 @@
 """The table runner: grids that are read, runs that are planned, stopped, continued and failed."""
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from filelock import FileLock
@@ -70,7 +72,7 @@ def plan_of(grid: Path, **options: Any) -> list[table.TableRun]:
 @pytest.fixture
 def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run costs takes half a second to count."""
-    monkeypatch.setattr(table, "cost_of", lambda _: Cost(3_720_000, 13_670_000_000, 4e9, 2, {}))
+    monkeypatch.setattr(table, "cost_of", lambda _: Cost(3_720_000, 13_670_000_000, 4e9))
 
 
 @pytest.mark.parametrize("path", sorted(GRIDS.glob("*.toml")), ids=lambda path: path.stem)
@@ -138,7 +140,7 @@ def test_equal_compute(grid: Path) -> None:
     steps = []
     for run, script in zip(planned, (student, distill), strict=True):
         recipe = cli.parse(script.Options, run.commands[0][1:]).recipe
-        steps.append(Plan.of(recipe, 2, 10, 5).steps)
+        steps.append(Plan(recipe, 2, 10, 5).steps)
         # The learning rate falls as far as before.
         assert recipe.lr_decay_epochs / recipe.num_epochs == pytest.approx(15, rel=0.01)
     assert steps[0] > steps[1] == 400
@@ -234,7 +236,9 @@ def test_the_table(grid: Path, uncounted: None) -> None:
 
 
 def test_slurm(grid: Path, uncounted: None, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    pytest.importorskip("submitit")
+    submitit = pytest.importorskip("submitit")
+    from submitit.core.job_environment import SignalHandler
+
     change(grid, GIVEN, f"{TRAINED}\nseeds = [9]")
     flags = ["--grid", grid, "--datadir", "data", "--output-dir", tmp_path / "runs"]
     flags += ["--only", "taught", "--slurm", "partition=gpu,time=24:00:00"]
@@ -252,6 +256,15 @@ def test_slurm(grid: Path, uncounted: None, tmp_path: Path, monkeypatch: Any, ca
     for option in ("partition=gpu", "time=24:00:00", "gpus-per-node=1"):
         assert scripts.count(f"#SBATCH --{option}\n") == 3
     assert scripts.count(f"#SBATCH --dependency=afterok:{submitted[0][1]}\n") == 2
+    # Near its limit, or preempted, a job is put into the queue again.
+    (pickled,) = (tmp_path / "runs" / "slurm").glob(f"{submitted[0][1]}_*.pkl")
+    delayed = submitit.helpers.DelayedSubmission.load(pickled)
+    monkeypatch.setattr(delayed.function, "checkpoint", lambda: delayed)
+    environment = Mock(global_rank=0)
+    handler = SignalHandler(environment, Mock(submitted_pickle=pickled), delayed)
+    with pytest.raises(SystemExit):
+        handler.checkpoint_and_try_requeue(signal.SIGUSR2)
+    assert environment._requeue.called
 
 
 def test_a_job_of_the_cluster(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_the_published_command(small: Small, command: Command) -> None:
 def test_schedule() -> None:
     """The learning rate of every epoch is the published one."""
     golden = load("lr_golden.json")["used_lr_by_epoch"]
-    plan = Plan.of(runs.options_of(TransKDBase, Path(), Path()).recipe, 2, 10, 5)
+    plan = Plan(runs.options_of(TransKDBase, Path(), Path()).recipe, 2, 10, 5)
     assert {epoch: plan.learning_rate(int(epoch), 0) for epoch in golden} == golden
 
 

@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -79,13 +78,9 @@ def save(
             file.write(pickled(content))
             file.flush()
             os.fsync(file.fileno())
-        # A hard link keeps the checkpoint that is about to be replaced, without copying it.
+        # Killed between this and the next renaming, a run is continued from previous.pt.
         if path.exists():
-            with atomic_write(path.with_name("previous.pt")) as link:
-                try:
-                    link.hardlink_to(path)
-                except OSError:  # a file system without links
-                    shutil.copyfile(path, link)
+            path.replace(path.with_name("previous.pt"))
 
 
 def save_weights(
@@ -149,8 +144,8 @@ def begin(
     decides the result, or if there is no checkpoint of this method and model.
     """
     decided = require_same_run(run, distiller, teacher, plan)
-    resume = run.options.run.resume
-    state = restore(run, distiller, optimizer, scaler) if resume else State()
+    resumed = run.options.run.resume is not None
+    state = restore(run, distiller, optimizer, scaler) if resumed else State()
     with distributed.fail_in_all_processes():
         if distributed.is_main_process():
             write_json(decided, run.options.run_dir / "options.json")
@@ -182,7 +177,7 @@ def require_same_run(
     now = options.as_json() | facts
     before: dict[str, Any] = {}
     with distributed.fail_in_all_processes():
-        if distributed.is_main_process() and options.run.resume:
+        if distributed.is_main_process() and options.run.resume is not None:
             before = read_json(options.run_dir / "options.json") or {}
         deciding = options.as_json(without="free").keys() | facts.keys()  # files may have moved
         changed = [
@@ -256,6 +251,5 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         if path.name != "last.pt":
             log.warning("continuing from %s, step %d", path, content["state"]["step"])
         return content
-    if problem:
-        raise UserError(f"no whole checkpoint in {folder} ({problem}); train in another folder")
-    raise UserError(f"no checkpoint in {folder} to continue; leave --resume out")
+    advice = "train in another folder" if problem else "leave --resume out"
+    raise UserError(f"no whole checkpoint in {folder} ({problem or 'there is none'}); {advice}")

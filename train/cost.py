@@ -1,8 +1,6 @@
 """What a run costs, by its options: parameters, multiply-accumulates (MACs) of a training step."""
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -23,24 +21,17 @@ class Cost:
 
     Attributes:
         parameters, macs: of the network that is deployed, counted as in the paper.
-        macs_per_step: of a training step as it runs, of batch_size images at the run's height.
-        schedule: the options that say how long a run is.
+        macs_per_step: of a training step as it runs, at the run's batch size and height.
     """
 
     parameters: int
     macs: int
     macs_per_step: float
-    batch_size: int
-    schedule: dict[str, Any]
-
-    def scaled_schedule(self, factor: float) -> dict[str, int]:
-        """The options of a schedule `factor` times as long."""
-        return {k: math.ceil(v * factor) for k, v in self.schedule.items() if v is not None}
 
 
 def cost_of(options: TrainingOptions) -> Cost:
     """The cost of a run, counted on the meta device: nothing is computed or allocated."""
-    recipe, height = options.recipe, options.data.height
+    height = options.data.height
     outputs = LAYOUTS[options.data.dataset].classes.num_outputs
     values = {option.name: value for option, value in options.fields()}
     with torch.device("meta"):
@@ -60,15 +51,5 @@ def cost_of(options: TrainingOptions) -> Cost:
         # The backward pass takes twice as many as the forward pass. The teacher has none.
         macs_per_image = teacher_macs + 3 * executed_macs(learner.eval(), images)
         macs = count_macs(network, paper_images).total()
-    return Cost(
-        parameters=parameters(network),
-        macs=macs,
-        macs_per_step=float(recipe.batch_size * macs_per_image),
-        batch_size=recipe.batch_size,
-        schedule={
-            "max_steps": recipe.max_steps,
-            "num_epochs": recipe.num_epochs,
-            "lr_decay_epochs": recipe.lr_decay_epochs,
-            "validate_every": options.run.validate_every,
-        },
-    )
+    macs_per_step = float(options.recipe.batch_size * macs_per_image)
+    return Cost(parameters(network), macs, macs_per_step)

@@ -9,7 +9,6 @@ process these functions do nothing.
 import gc
 import importlib
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import cli
 from errors import UserError
@@ -55,22 +53,6 @@ def init(device: str) -> torch.device:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "cpu:gloo")
     with fail_in_all_processes():
         return cli.find_device(device)
-
-
-def wrap(module: nn.Module, device: torch.device, *, find_unused: bool) -> nn.Module:
-    """The module whose gradients are averaged over processes.
-
-    `find_unused`: a step may leave some parameters unused.
-    """
-    if not dist.is_initialized():
-        return module
-    # Depthwise weights get channels_last gradients, which are copied: a note about speed alone.
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    ids = [device.index] if device.type == "cuda" else None
-    # Buffers, BatchNorm's statistics, are not read in training: see `broadcast_buffers`.
-    return DistributedDataParallel(
-        module, device_ids=ids, find_unused_parameters=find_unused, broadcast_buffers=False
-    )
 
 
 def mean(values: Tensor) -> Tensor:
@@ -142,7 +124,7 @@ def fail_in_all_processes() -> Iterator[None]:
 
 
 def shutdown() -> None:
-    """Wait for the others and end the process group; what `wrap` gave must be deleted by then."""
+    """Wait for the others and end the group; DistributedDataParallel must be deleted by then."""
     if dist.is_initialized():
         # A thread of gloo's that still works while the interpreter ends can abort the process. A
         # DistributedDataParallel that was deleted still holds the group, by a reference cycle.

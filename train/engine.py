@@ -11,8 +11,8 @@ import math
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -52,7 +52,7 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
     options, device = run.options, run.device
     recipe, accumulate = options.recipe, options.hardware.accumulate
     steps_per_epoch = math.ceil(len(run.batches(epoch=1)) / accumulate)
-    plan = Plan.of(recipe, options.published_batch_size, len(run.train_set), steps_per_epoch)
+    plan = Plan(recipe, options.published_batch_size, len(run.train_set), steps_per_epoch)
 
     distiller.to(device)
     if teacher is not None:
@@ -62,6 +62,7 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
         nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
     class_weights = distiller.class_weights.cpu()  # once: a step must not wait for the device
     optimizer = new_optimizer(distiller, recipe)
+    precision = PRECISIONS.get(options.hardware.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=options.hardware.precision == "fp16")
     # Building the modules drew random numbers; dropout's are the same for all methods.
     torch.manual_seed(recipe.seed + distributed.rank())
@@ -100,16 +101,19 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
                     # Teacher and distiller are two CUDA graphs of one step. Else the second would
                     # free the first one's outputs, which are its inputs.
                     torch.compiler.cudagraph_mark_step_begin()
-                with averaging_gradients(learner, batch is group[-1]):
-                    with autocast(run), torch.no_grad():
-                        teacher_output = None
-                        if teacher is not None:
-                            teacher_output = teacher(images, logits=distiller.needs_teacher_logits)
-                    with autocast(run):
-                        losses = learner(images, labels, teacher_output)
-                    losses = {k: (ce if k == "ce" else others) * v for k, v in losses.items()}
-                    total = torch.stack(list(losses.values())).sum() / len(group)
-                    scaler.scale(total).backward()
+                # The last part's backward pass averages gradients; those before add up.
+                if isinstance(learner, DistributedDataParallel):
+                    learner.require_backward_grad_sync = batch is group[-1]
+                with torch.autocast(device.type, precision, enabled=precision is not None):
+                    teacher_output = None
+                    if teacher is not None:
+                        with torch.no_grad():
+                            with_logits = distiller.needs_teacher_logits
+                            teacher_output = teacher(images, logits=with_logits)
+                    losses = learner(images, labels, teacher_output)
+                losses = {k: (ce if k == "ce" else others) * v for k, v in losses.items()}
+                total = torch.stack(list(losses.values())).sum() / len(group)
+                scaler.scale(total).backward()
                 logger.add(state.step + 1, losses, batch.indices)
 
             if recipe.clip_grad is not None:
@@ -202,19 +206,6 @@ def loss_scales(group: list[Batch], class_weights: Tensor, device: torch.device)
     return own / distributed.mean(own.mean(0)).clamp_min(torch.finfo(own.dtype).tiny)
 
 
-def autocast(run: Run) -> AbstractContextManager[Any]:
-    """16 bits where `--precision` asks for them."""
-    dtype = PRECISIONS.get(run.options.hardware.precision)
-    return torch.autocast(run.device.type, dtype, enabled=dtype is not None)
-
-
-def averaging_gradients(learner: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """The `last` part's backward pass averages gradients over processes; those before add up."""
-    if last or not isinstance(learner, DistributedDataParallel):
-        return nullcontext()
-    return learner.no_sync()
-
-
 def compile_and_wrap(distiller: Distiller, teacher: nn.Module | None, run: Run) -> nn.Module:
     """What the loop calls: the distiller, compiled and averaged over processes as asked."""
     hardware = run.options.hardware
@@ -223,9 +214,18 @@ def compile_and_wrap(distiller: Distiller, teacher: nn.Module | None, run: Run) 
         for module in (distiller, teacher):
             if module is not None:
                 module.compile(dynamic=False, mode=hardware.compile_mode)
+    if not dist.is_initialized():
+        return distiller
+    # Depthwise weights get channels_last gradients, which are copied: a note about speed alone.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # What is learned beside a student may be unused in a step: CSF has two squeezes, and uses one.
     others = [name for name, _ in distiller.named_parameters() if not name.startswith("student.")]
-    return distributed.wrap(distiller, run.device, find_unused=bool(others))
+    return DistributedDataParallel(
+        distiller,
+        device_ids=[run.device.index] if run.is_cuda else None,
+        find_unused_parameters=bool(others),
+        broadcast_buffers=False,  # BatchNorm's statistics are not read in training, see `validate`
+    )
 
 
 def remember_signals() -> list[int]:

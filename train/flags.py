@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
 
 from datasets import DATASETS
 from models.distillation.methods import LossOptions
@@ -45,26 +44,11 @@ def default_workers() -> int:
     return min(4, len(available(0)))
 
 
-def _resume(words: list[str]) -> str:
-    if words not in ([], ["auto"]):
-        raise ValueError(f"{words[0]!r} is not auto")
-    return words[0] if words else "always"
-
-
 Model = Annotated[Literal[MODELS], tyro.conf.arg(metavar="MODEL")]  # type: ignore[valid-type]
 """A name in models/factory.py; the help has no room for all of them."""
 
-Resume = Annotated[
-    str,
-    PrimitiveConstructorSpec(
-        nargs=(0, 1),
-        metavar="[auto]",
-        instance_from_str=_resume,
-        is_instance=lambda value: isinstance(value, str),
-        str_from_instance=lambda value: [value] if value else [],
-    ),
-]
-"""`--resume` is "always", `--resume auto` is "auto", and neither is empty."""
+Resume = Annotated[tuple[Literal["auto"], ...] | None, tyro.conf.arg(metavar="[auto]")]
+"""`--resume` is (), `--resume auto` is ("auto",), and without the flag it is None."""
 
 
 @dataclass(kw_only=True)
@@ -152,7 +136,7 @@ class RecipeOptions:
 class RunOptions:
     output_dir: Path | None = local(None)
     """The run's folder. Default: outputs/METHOD_DATASET in the repository."""
-    resume: Resume = free("")
+    resume: Resume = free(None)
     """Continue from the run's last checkpoint; `--resume auto` starts a run if there is none."""
     override: bool = free(False)
     """With --resume: insist on options that change what the run computes."""

@@ -2,14 +2,13 @@
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from filelock import FileLock
 
@@ -19,6 +18,8 @@ from train.engine import remember_signals
 
 Slot = dict[str, str]
 """Environment variables of a run: the GPU that it gets."""
+Work = Generator[bool, None, None]
+"""A job under way: yields True until it is over. Closed before, it lets a training save and end."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -51,69 +52,49 @@ class Job:
         return read_json(self.folder / "eval.json") if self.is_done else None
 
 
-class Running:
-    """A job under way: its commands run one after the other, with their output in log.txt."""
+def run_commands(job: Job, slot: Slot, lock: FileLock) -> Work:
+    """Run a job's commands one after the other, with their output in log.txt.
 
-    def __init__(self, job: Job, slot: Slot, lock: FileLock) -> None:
-        self.job = job
-        self.slot = slot
-        self.lock = lock
-        self.log: IO[bytes] = (job.folder / "log.txt").open("ab")
-        self.left = list(job.commands)
-        self.start_next()
-
-    def start_next(self) -> None:
-        command = self.left.pop(0)
-        self.log.write(f"$ python {shlex.join(command)}\n".encode())
-        self.log.flush()
-        self.process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | self.slot,
-            start_new_session=True,  # Ctrl-C reaches it once, through us
-        )
-
-    def advance(self) -> bool:
-        """Start the next command when one has ended. Returns whether the job is over.
-
-        If it failed, its `error` says why.
-        """
-        code = self.process.poll()
-        if code is None:
-            return False
-        if code == 0 and self.left:
-            self.start_next()
-            return False
-        if code:
-            # The last line of its output says why.
-            lines = Path(self.log.name).read_text(errors="replace").splitlines()
-            last = next((line for line in reversed(lines) if line.strip()), "")
-            self.job.error = f"{last} (exit code {code}, {self.log.name})"
-        else:
-            write_json({"commands": self.job.commands}, self.job.folder / "done.json")
-        self.close()
-        return True
-
-    def stop(self) -> None:
-        """Let a training save and end."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.wait()
-        self.close()
-
-    def close(self) -> None:
-        self.log.close()
-        self.lock.release()
+    If one of them fails, the job's `error` says why. The lock is held until this is over.
+    """
+    path = job.folder / "log.txt"
+    with path.open("ab") as log:
+        for command in job.commands:
+            log.write(f"$ python {shlex.join(command)}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | slot,
+                start_new_session=True,  # Ctrl-C reaches it once, through us
+            )
+            try:
+                while process.poll() is None:
+                    yield True
+            finally:  # also where it is closed: a training saves and ends
+                process.terminate()
+                process.wait()
+            if process.returncode:
+                # The last line of its output says why.
+                lines = path.read_text(errors="replace").splitlines()
+                last = next((line for line in reversed(lines) if line.strip()), "")
+                job.error = f"{last} (exit code {process.returncode}, {path})"
+                return
+    write_json({"commands": job.commands}, job.folder / "done.json")
 
 
-def start(job: Job, slot: Slot) -> Running | None:
+def start(job: Job, slot: Slot) -> Work | None:
     """Start a job, unless another table is at work on it. Raises UserError without a folder."""
     make_folder(job.folder)
     lock = FileLock(job.folder / "table.lock")
-    return Running(job, slot, lock) if acquire(lock) else None
+    if not acquire(lock):
+        return None
+    work = run_commands(job, slot, lock)
+    next(work, None)  # it starts now
+    return work
 
 
 def run_here(jobs: Iterable[Job], slots: list[Slot], report: Callable[[], object]) -> None:
@@ -122,7 +103,7 @@ def run_here(jobs: Iterable[Job], slots: list[Slot], report: Callable[[], object
     A signal is passed on: every training saves, and the process ends.
     """
     waiting = list(jobs)
-    running: list[Running] = []
+    running: dict[Job, tuple[Slot, Work]] = {}
     elsewhere: set[Job] = set()
     free = list(slots)
     signals = remember_signals()
@@ -136,30 +117,28 @@ def run_here(jobs: Iterable[Job], slots: list[Slot], report: Callable[[], object
                 job.error = f"its teacher {teacher.name} failed"
                 waiting.remove(job)
             elif free and (teacher is None or teacher.is_done):
-                started = start(job, free[0])
-                if started is None:  # ask again later
-                    if job not in elsewhere:
-                        print(f"waiting for {job.name}, which another table runs", file=sys.stderr)
-                    elsewhere.add(job)
-                else:
-                    running.append(started)
+                work = start(job, free[0])
+                if work is not None:
+                    running[job] = free.pop(0), work
                     waiting.remove(job)
-                    free.pop(0)
+                elif job not in elsewhere:
+                    print(f"waiting for {job.name}, which another table runs", file=sys.stderr)
+                    elsewhere.add(job)
         time.sleep(0.2)
         # Report what has ended, which frees its slot.
-        for run in list(running):
-            if not run.advance():
+        for job, (slot, work) in list(running.items()):
+            if next(work, False):
                 continue
-            running.remove(run)
-            free.append(run.slot)
-            score = (run.job.result or {}).get("mean_iou") or 0.0
-            what = f" failed: {run.job.error}" if run.job.error else f": mIoU {score:.2%}"
+            del running[job]
+            free.append(slot)
+            score = (job.result or {}).get("mean_iou") or 0.0
+            what = f" failed: {job.error}" if job.error else f": mIoU {score:.2%}"
             left = len(waiting) + len(running)
-            print(f"{run.job.name}{what}, {left} runs left", file=sys.stderr, flush=True)
+            print(f"{job.name}{what}, {left} runs left", file=sys.stderr, flush=True)
             report()
         if signals:
-            for run in running:
-                run.stop()
+            for _, work in running.values():
+                work.close()
             print("interrupted; the same command continues", file=sys.stderr)
             sys.exit(128 + signals[0])
 
@@ -169,13 +148,13 @@ class ClusterJob:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.running: Running | None = None
+        self.running: Work | None = None
 
     def __call__(self) -> None:
         while self.running is None:  # another table may be at work on it
             self.running = start(self.job, {})
             time.sleep(1)
-        while not self.running.advance():
+        for _ in self.running:
             time.sleep(1)
         if self.job.error:
             raise RuntimeError(self.job.error)
@@ -185,7 +164,7 @@ class ClusterJob:
         import submitit
 
         if self.running is not None:
-            self.running.stop()
+            self.running.close()
         return submitit.helpers.DelayedSubmission(ClusterJob(self.job))
 
 
@@ -197,21 +176,19 @@ def submit(jobs: Iterable[Job], folder: Path, options: str) -> None:
     require("submitit", "-r requirements/cluster.txt")
     import submitit
 
+    try:
+        # It would count how often a job was near its limit, and give up.
+        executor = submitit.SlurmExecutor(folder=folder / "slurm", max_num_timeout=1000)
+    except RuntimeError as error:
+        raise UserError(f"Slurm is not here ({error})") from error
     given = {"gpus-per-node": 1} | dict(pair.split("=", 1) for pair in options.split(",") if pair)
-    time_limit = {"time": given.pop("time")} if "time" in given else {}
     ids: dict[str, str] = {}
     for job in jobs:
-        try:
-            executor = submitit.SlurmExecutor(folder=folder / "slurm")
-        except RuntimeError as error:
-            raise UserError(f"Slurm is not here ({error})") from error
         after = ids.get(job.teacher.name) if job.teacher else None
-        more = given | ({"dependency": f"afterok:{after}"} if after else {})
         executor.update_parameters(
             job_name=job.name,
             signal_delay_s=120,  # time to save before the limit
-            additional_parameters=more,
-            **time_limit,
+            additional_parameters=given | ({"dependency": f"afterok:{after}"} if after else {}),
         )
         ids[job.name] = executor.submit(ClusterJob(job)).job_id
         print(f"{job.name}: job {ids[job.name]}")

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -24,47 +23,34 @@ def new_optimizer(distiller: nn.Module, recipe: RecipeOptions) -> AdamW:
     return AdamW(groups, recipe.lr, recipe.betas, recipe.eps, recipe.weight_decay, fused=True)
 
 
-@dataclass(frozen=True)
 class Plan:
     """How long a run is, and the learning rate of each of its steps.
 
-    Attributes:
-        epochs: passes over the training images.
-        limit: the run ends after this many steps even if epochs are left.
-        published_steps_per_epoch: at the published batch size, with `--keep-steps`.
+    The training images are seen in `steps_per_epoch` steps. With `--keep-steps`, epochs are
+    repeated until as many steps are done as the published batch size would give.
     """
 
-    recipe: RecipeOptions
-    steps_per_epoch: int
-    epochs: int
-    limit: int
-    published_steps_per_epoch: int | None = None
-
-    @classmethod
-    def of(
-        cls, recipe: RecipeOptions, published_batch_size: int, images: int, steps_per_epoch: int
-    ) -> "Plan":
-        """The plan for a number of training images, which are seen in `steps_per_epoch` steps."""
-        limit = recipe.max_steps or sys.maxsize
-        if not recipe.keep_steps:
-            return cls(recipe, steps_per_epoch, recipe.num_epochs, limit)
-        # Epochs are repeated until as many steps are done as the published batch size would give.
-        published = math.ceil(images / published_batch_size)
-        steps = recipe.num_epochs * published
-        epochs = math.ceil(steps / steps_per_epoch)
-        return cls(recipe, steps_per_epoch, epochs, min(limit, steps), published)
-
-    @property
-    def steps(self) -> int:
-        """Steps of a run from its beginning to its end."""
-        return min(self.epochs * self.steps_per_epoch, self.limit)
+    def __init__(
+        self, recipe: RecipeOptions, published_batch_size: int, images: int, steps_per_epoch: int
+    ) -> None:
+        self.recipe = recipe
+        self.steps_per_epoch = steps_per_epoch
+        self.epochs = recipe.num_epochs
+        # The run ends after this many steps even if epochs are left.
+        self.limit = recipe.max_steps or sys.maxsize
+        self.published_steps_per_epoch = math.ceil(images / published_batch_size)
+        if recipe.keep_steps:
+            kept = recipe.num_epochs * self.published_steps_per_epoch
+            self.epochs = math.ceil(kept / steps_per_epoch)
+            self.limit = min(self.limit, kept)
+        self.steps = min(self.epochs * steps_per_epoch, self.limit)  # from beginning to end
 
     def total_steps(self, epoch: int, batch: int, step: int) -> int:
         """The number of the last step of a run that is continued by this plan.
 
         `step` steps are done, `batch` of them in `epoch`, which is the one under way.
         """
-        if self.published_steps_per_epoch:
+        if self.recipe.keep_steps:
             return self.limit
         # The steps that are done, perhaps with another batch size, and those left by this plan.
         left = (self.epochs - epoch) * self.steps_per_epoch + max(self.steps_per_epoch - batch, 0)
@@ -80,7 +66,7 @@ class Plan:
         if recipe.schedule == "step":
             done = step / self.steps
         else:
-            if self.published_steps_per_epoch:  # by which epochs are counted then
+            if recipe.keep_steps:  # epochs are counted as the published batch size has them
                 epoch = 1 + step // self.published_steps_per_epoch
             # The published scheduler steps once as it is built: epoch 1 is 1/1500 below lr.
             done = epoch / recipe.lr_decay_epochs

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from datasets import Augmentation
 from errors import UserError
 from files import OUTPUTS
 from train.flags import (
@@ -101,29 +100,26 @@ class TrainingOptions:
                     end = "" if below == math.inf else f", and less than {below:g}"
                     raise UserError(f"--{flag} is {number}; it must be at least {least:g}{end}")
         recipe = self.recipe
+        problem = ""
         if recipe.schedule == "epoch" and recipe.num_epochs > recipe.lr_decay_epochs:
-            raise UserError(
+            problem = (
                 f"--num-epochs {recipe.num_epochs} goes on after --lr-decay-epochs "
                 f"{recipe.lr_decay_epochs}, where the learning rate is 0; raise the latter"
             )
         if recipe.scale[0] > recipe.scale[1]:
-            raise UserError("--scale takes the smaller factor first: --scale 0.5 2")
+            problem = "--scale takes the smaller factor first: --scale 0.5 2"
         # Misaligned by four, image and label can't be scaled or cropped alike.
         quarter = recipe.scale == (1.0, 1.0) and not recipe.crop and recipe.loss_size == "quarter"
         if recipe.published_shift and not quarter:
-            raise UserError("--published-shift goes with no --scale, --crop or --loss-size full")
+            problem = "--published-shift goes with no --scale, --crop or --loss-size full"
+        if problem:
+            raise UserError(problem)
 
     @property
     def run_dir(self) -> Path:
         chosen = self.run.output_dir
         default = OUTPUTS / f"{self.method}_{self.data.dataset}"
         return default if chosen is None else chosen.expanduser()
-
-    @property
-    def augmentation(self) -> Augmentation:
-        """What the recipe does to training images."""
-        names = [f.name for f in dataclasses.fields(Augmentation)]
-        return Augmentation(**{name: getattr(self.recipe, name) for name in names})
 
     def as_json(self, *, without: str | None = None) -> dict[str, Any]:
         """The options as plain JSON values, method and network included.

@@ -4,12 +4,12 @@ import logging
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from filelock import FileLock
 
-from datasets import Classes, SceneDataset, open_split, use_cache
+from datasets import Augmentation, Classes, SceneDataset, open_split, use_cache
 from datasets.loading import Batches, training_batches
 from errors import UserError
 from files import acquire, make_folder, remove_temporaries
@@ -102,7 +102,8 @@ def start(options: TrainingOptions) -> Run:
         options.validate()
         find_dashboards(options)
         set_up_torch(options, device)
-        data = options.data
+        data, recipe = options.data, options.recipe
+        names = [f.name for f in fields(Augmentation)]
         train_set = open_split(
             data.dataset,
             data.datadir,
@@ -110,8 +111,8 @@ def start(options: TrainingOptions) -> Run:
             height=data.height,
             every=data.subset_every,
             list_file=data.train_list,
-            augment=options.augmentation,
-            full_labels=options.recipe.loss_size == "full",
+            augment=Augmentation(**{name: getattr(recipe, name) for name in names}),
+            full_labels=recipe.loss_size == "full",
         )
         val_set = open_split(data.dataset, data.datadir, "val", height=data.height)
         lock = claim_folder(options) if distributed.is_main_process() else None
@@ -146,14 +147,14 @@ def claim_folder(options: TrainingOptions) -> FileLock:
     remove_temporaries(folder)
     # A folder without a checkpoint holds nothing to lose: a run that ended before it saved.
     begun = any((folder / name).exists() for name in CHECKPOINTS)
-    if options.run.resume == "auto":
-        options.run.resume = "always" if begun else ""
-    if begun and not options.run.resume:
+    if options.run.resume == ("auto",):
+        options.run.resume = () if begun else None
+    if begun and options.run.resume is None:
         raise UserError(
             f"{folder} already holds a run; add --resume to continue it, or choose another "
             "--output-dir"
         )
-    if not options.run.resume:
+    if options.run.resume is None:
         for name in ("metrics.jsonl", "eval.json"):  # of a run whose checkpoints were removed
             (folder / name).unlink(missing_ok=True)
     return lock

@@ -10,6 +10,7 @@ that fails stops no other; the table says where its log is, and the exit code is
 every run becomes a job of the cluster.
 """
 
+import math
 import shlex
 import statistics
 import subprocess
@@ -78,7 +79,7 @@ class TableRun(Job):
         records = read_records(path) if path.is_file() else []
         # The first record is that of the first step, which is slow.
         rates = [r["images_per_second"] for r in records if r["event"] == "train"][1:]
-        images = self.cost.batch_size if self.cost else 1
+        images = self.options.recipe.batch_size if self.options else 1
         seconds = images / statistics.median(rates) if rates else None
         return max((record["step"] for record in records), default=0), seconds
 
@@ -165,11 +166,19 @@ def parse(command: Sequence[str]) -> Any:
 
 def stretch_to_equal_compute(students: Sequence[TableRun]) -> None:
     """Give every training as many multiply-accumulates as the most expensive one has."""
-    costs = [run.cost for run in students if run.cost]
-    most = max((cost.macs_per_step for cost in costs), default=0.0)
+    most = max((run.cost.macs_per_step for run in students if run.cost), default=0.0)
     for run in students:
-        if run.cost is not None:
-            run.commands[0] += flags(run.cost.scaled_schedule(most / run.cost.macs_per_step))
+        if run.options is None or run.cost is None:
+            continue
+        recipe = run.options.recipe
+        schedule = {
+            "max_steps": recipe.max_steps,
+            "num_epochs": recipe.num_epochs,
+            "lr_decay_epochs": recipe.lr_decay_epochs,
+            "validate_every": run.options.run.validate_every,
+        }
+        longer = most / run.cost.macs_per_step
+        run.commands[0] += flags({k: math.ceil(v * longer) for k, v in schedule.items() if v})
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
