@@ -1,4 +1,4 @@
-"""Folders, locks, JSON, and files that are written whole or not at all."""
+"""Locks, JSON, and files that are written whole or not at all."""
 
 import json
 import os
@@ -15,22 +15,12 @@ ROOT = Path(__file__).resolve().parent
 OUTPUTS = ROOT / "outputs"
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it. Raises UserError if that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"can't make the folder {folder} ({error.strerror}); choose another one"
-        ) from error
-
-
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that replaces it when the block ends without an error.
 
-    A link is followed: what it points to is replaced. The block may also make a folder, which then
-    becomes a new one.
+    Folders above it are made. A link is followed: what it points to is replaced. The block may also
+    make a folder, which then becomes a new one.
 
     Raises UserError if the disk is full, the folder can't be written, or `path` is no file.
     What was there before is untouched.
@@ -40,6 +30,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     checksum = zlib.crc32(os.fsencode(target.name))
     temporary = target.parent / f".{os.getpid()}-{checksum:08x}{target.suffix}"
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_file():
             raise UserError(f"can't write {path}, which is a folder or a device; name a file")
         yield temporary

@@ -38,7 +38,7 @@ from tyro.conf import Positional
 import cli
 from datasets import check
 from errors import UserError, require
-from files import atomic_write, make_folder
+from files import atomic_write
 from progress import track
 
 with suppress(ImportError):  # only NYUv2 and VOC2012 need them
@@ -211,7 +211,6 @@ def write_files(files: Files, folder: Path) -> None:
             continue
         with naming(name):
             content = read() if callable(read) else read
-        make_folder(path.parent)
         with atomic_write(path) as temporary:
             if isinstance(content, bytes):
                 temporary.write_bytes(content)

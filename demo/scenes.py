@@ -27,7 +27,7 @@ from datasets.classes import CITYSCAPES
 from demo.painting import Canvas, shade
 from demo.street import paint_street
 from errors import UserError
-from files import atomic_write, make_folder, read_json, write_json
+from files import atomic_write, read_json, write_json
 from progress import track
 
 WEATHERS = ("clear", "fog", "night", "rain", "snow")
@@ -90,7 +90,6 @@ def draw_files(options: Options, scene: Any) -> None:
     if options.label_ids:  # the last of them stands for what is ignored
         labels = np.take(np.array(CITYSCAPES.label_ids, np.uint8), labels, mode="clip")
     for path, pixels in ((label_path, labels), (image_path, image)):
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             Image.fromarray(pixels).save(temporary, format="PNG", compress_level=1)
 
@@ -101,7 +100,6 @@ def main(options: Options) -> None:
     asked = asdict(options) | {"output": ""}
     if (read_json(record) or asked) != asked:
         raise UserError(f"{options.output} holds other scenes; remove it, or name another folder")
-    make_folder(options.output)
     write_json(asked, record)
     todo = [scene for scene in scenes(options) if not (scene[0].exists() and scene[1].exists())]
     workers = min(os.cpu_count() or 1, 1 + len(todo) // 64)

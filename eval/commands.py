@@ -15,7 +15,7 @@ from errors import UserError
 from eval.inference import ONE_VIEW, Evaluation, Protocol, Views, evaluate
 from eval.metrics import percent
 from eval.predictor import Predictor, write_pictures
-from files import OUTPUTS, make_folder, write_json
+from files import OUTPUTS, write_json
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def render(dataset: str, options: ColorOptions) -> list[Path]:
     run = weights.absolute().parent
     parts = [run.name] if (run / "options.json").is_file() else []
     folder = (options.output_dir or OUTPUTS.joinpath("color", *parts, weights.stem)).expanduser()
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     predictor = Predictor(weights, dataset=dataset, height=options.height, device=options.device)
     predictor.full_size = options.size == "full" or kind != "color"
     predictor.ignore = not kind.endswith("ids")  # benchmark servers don't know it
@@ -212,7 +212,7 @@ def claim_file(path: Path, ending: str = ".json") -> Path:
     Raises UserError if it can't be written, or is of another kind, as weights named by mistake.
     """
     path = path.expanduser()
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     writable = os.access(path.parent, os.W_OK) and not path.is_dir()
     if path.suffix.lower() != ending or not writable:
         raise UserError(f"can't write {path}; name a file that ends in {ending}, in another folder")

@@ -39,7 +39,7 @@ from datasets.samples import files_below
 from errors import UserError, require
 from eval.predictor import Predictor, ahead, write_pictures
 from eval.rendering import draw, save_png
-from files import OUTPUTS, make_folder
+from files import OUTPUTS
 from progress import track
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def main(options: Options) -> None:
         require("av", "-r requirements/video.txt")
     loading = {"dataset": options.dataset, "height": options.height, "device": options.device}
     predictor = Predictor(options.weights.expanduser(), **loading)
-    make_folder(options.output_dir)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
     photographs = {source: paths for source, paths in targets.items() if not is_video(source)}
     failed = write_pictures(predictor, photographs, options.alpha, options.batch_size)
     for source in videos:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from datasets.classes import Classes
-from files import atomic_write, make_folder
+from files import atomic_write
 
 PAPER = (255, 255, 255)
 INK = (30, 30, 30)
@@ -100,6 +100,5 @@ def side_by_side(
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Save in one step, so that an interrupted run leaves no half file."""
-    make_folder(path.parent)
     with atomic_write(path) as temporary:
         picture.save(temporary, format="PNG")

@@ -30,7 +30,7 @@ from eval.commands import IoUOptions, claim_file, score
 from eval.metrics import percent
 from eval.predictor import Predictor
 from eval.rendering import colorize
-from files import OUTPUTS, atomic_write, make_folder, read_json, read_records
+from files import OUTPUTS, atomic_write, read_json, read_records
 from models import read_checkpoint
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -165,7 +165,6 @@ def write_report(
     with atomic_write(path) as temporary:
         temporary.write_bytes(page.encode(errors="replace"))  # of file names that are no UTF-8
     if plots is not None:
-        make_folder(plots)
         for name, figure in curves.items():
             figure.legend(title=name, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
             with atomic_write(plots / f"{name.replace(' ', '_')}.png") as temporary:

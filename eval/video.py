@@ -12,7 +12,7 @@ from av.video.reformatter import Colorspace
 from PIL import Image
 
 from errors import UserError
-from files import atomic_write, make_folder
+from files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,6 @@ def writing_video(path: Path, video: Video) -> Iterator[Callable[[Image.Image, i
         frame.time_base = source.time_base
         container.mux(stream.encode(frame))
 
-    make_folder(path.parent)
     with atomic_write(path) as temporary:
         try:
             with av.open(str(temporary), "w", format="mp4") as container:

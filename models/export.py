@@ -36,7 +36,7 @@ from datasets.images import read_photograph
 from datasets.samples import images_below
 from datasets.transforms import resize_image
 from errors import UserError
-from files import atomic_write, make_folder
+from files import atomic_write
 from models import hub
 from models.base import SegmentationModel
 from models.checkpoints import Checkpoint, read_checkpoint
@@ -108,7 +108,6 @@ def main(options: Options) -> None:
     if options.format == "hf" and not isinstance(model, SegFormer):
         raise UserError("transformers has no such network; choose onnx, safetensors or torch")
     network = ImagesToLogits(model, options.argmax)
-    make_folder(output.parent)
     with atomic_write(output) as temporary:
         try:
             exported = WRITERS[options.format](network, checkpoint, temporary)

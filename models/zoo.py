@@ -19,7 +19,7 @@ import tyro
 import cli
 from datasets.classes import CITYSCAPES
 from errors import UserError, require
-from files import ROOT, make_folder
+from files import ROOT
 from models.factory import create_model
 from models.loading import load_model, start_from
 
@@ -115,7 +115,7 @@ def download(name: str, entry: Entry, path: Path) -> None:
     require("gdown", "gdown==6.5.1")
     import gdown
 
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.download")
     try:
         gdown.download(entry.url, str(aside), resume=True, timeout=30.0)

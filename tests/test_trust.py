@@ -126,6 +126,6 @@ def test_folders_that_cannot_be_used(small: Small, monkeypatch: pytest.MonkeyPat
     with FileLock(small.folder / "lock"):
         small.refused("another run writes into", student)
     (small.folder / "file").touch()
-    small.refused(r"can't make the folder .*file/run \(Not a directory\)", student, "file/run")
+    small.refused(r"can't write to .*file/run \(Not a directory\)", student, "file/run")
     monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=PermissionError))  # another user's
     small.refused("can't write to .*; choose another --output-dir", student)

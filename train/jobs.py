@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from errors import UserError, require
-from files import ROOT, acquire, make_folder, read_json, write_json
+from files import ROOT, acquire, read_json, write_json
 from train.engine import remember_signals
 
 Slot = dict[str, str]
@@ -87,8 +87,8 @@ def run_commands(job: Job, slot: Slot, lock: FileLock) -> Work:
 
 
 def start(job: Job, slot: Slot) -> Work | None:
-    """Start a job, unless another table is at work on it. Raises UserError without a folder."""
-    make_folder(job.folder)
+    """Start a job, unless another table is at work on it."""
+    job.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(job.folder / "table.lock")
     if not acquire(lock):
         return None

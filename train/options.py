@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -76,15 +76,12 @@ class TrainingOptions:
     def preset(self) -> Self | None:
         """These options with the values of `--recipe`; None for the paper's, the defaults."""
         values = RECIPES[self.recipe.recipe]
-        if not values:
-            return None
-        changed: dict[str, Any] = {}
         for group in dataclasses.fields(self):
-            part: Any = getattr(self, group.name)
-            own = {name: value for name, value in values.items() if hasattr(part, name)}
-            if own:
-                changed[group.name] = replace(part, **own)
-        return replace(self, **changed)
+            part = getattr(self, group.name)
+            for name, value in values.items():
+                if hasattr(part, name):
+                    setattr(part, name, value)
+        return self if values else None
 
     def validate(self) -> None:
         """Refuse what can't work before any work is done.

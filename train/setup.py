@@ -12,7 +12,7 @@ from filelock import FileLock
 from datasets import Augmentation, Classes, SceneDataset, open_split, use_cache
 from datasets.loading import Batches, training_batches
 from errors import UserError
-from files import acquire, make_folder, remove_temporaries
+from files import acquire, remove_temporaries
 from train import distributed
 from train.logger import find_dashboards
 from train.options import TrainingOptions
@@ -137,13 +137,15 @@ def claim_folder(options: TrainingOptions) -> FileLock:
     and `--resume` was not given.
     """
     folder = options.run_dir
-    make_folder(folder)
     lock = FileLock(folder / "lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if not acquire(lock):
             raise UserError(f"another run writes into {folder}; choose another folder")
-    except PermissionError as error:
-        raise UserError(f"can't write to {folder}; choose another --output-dir") from error
+    except OSError as error:
+        raise UserError(
+            f"can't write to {folder} ({error.strerror}); choose another --output-dir"
+        ) from error
     remove_temporaries(folder)
     # A folder without a checkpoint holds nothing to lose: a run that ended before it saved.
     begun = any((folder / name).exists() for name in CHECKPOINTS)

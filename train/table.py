@@ -24,7 +24,7 @@ from typing import Any, get_type_hints
 import cli
 from errors import UserError
 from eval.commands import PROTOCOLS
-from files import OUTPUTS, ROOT, atomic_write, make_folder, read_records, write_json
+from files import OUTPUTS, ROOT, atomic_write, read_records, write_json
 from train.cost import Cost, cost_of
 from train.grid import Grid, Row, flags, read_grid
 from train.jobs import Job, run_here, submit
@@ -265,7 +265,7 @@ def main(options: Options) -> None:
         return
     for command in draw:
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    make_folder(output)
+    output.mkdir(parents=True, exist_ok=True)
     if options.slurm is not None:
         submit([run for run in runs if not run.is_done], output, options.slurm)
     else:
