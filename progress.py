@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -29,14 +29,10 @@ def end_progress_lines() -> None:
 
 
 def track(
-    items: Iterable[T],
-    title: str,
-    total: int | None = None,
-    size: Callable[[T], int] = lambda item: 1,
-    unit: str = "images",
+    items: Iterable[T], title: str, total: int | None = None, unit: str = "images"
 ) -> Iterator[T]:
-    """Yield the items and show how many of `total` are done; each counts as `size(item)`."""
+    """Yield the items and show how many of `total` are done."""
     with progress_line(title, total, unit) as line:
         for item in items:
             yield item
-            line.update(size(item))
+            line.update()

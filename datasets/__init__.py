@@ -12,7 +12,7 @@ from pathlib import Path
 from datasets.cache import use_cache
 from datasets.classes import CITYSCAPES, Classes
 from datasets.layouts import DATASETS, LAYOUTS
-from datasets.loading import evaluation_batches, training_batches
+from datasets.loading import training_batches
 from datasets.samples import restrict, unpaired
 from datasets.scenes import SceneDataset
 from datasets.transforms import Augmentation, require_height, to_float
@@ -25,7 +25,6 @@ __all__ = [
     "Augmentation",
     "Classes",
     "SceneDataset",
-    "evaluation_batches",
     "open_split",
     "to_float",
     "training_batches",

@@ -11,7 +11,6 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader
 from datasets.scenes import SceneDataset
 from errors import UserError
 
-Key = int | tuple[int, int]  # an image, or (epoch, image): as training sees it in that epoch
+Key = tuple[int, int]  # (epoch, image): an image as training sees it in that epoch
 
 
 class Batch(NamedTuple):
@@ -57,42 +56,35 @@ def stack(maps: Sequence[Tensor], fill: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Batches:
-    """An iterable of `Batch`; `len` is their number, before evaluation's split by size.
+    """An iterable of `Batch`; `len` is their number.
 
     Raises UserError if an image or label can't be read, or a worker died.
     """
 
     dataset: SceneDataset
     keys: list[list[Key]]
-    pad: bool
     num_workers: int = 0
     pin_memory: bool = False
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def read(self, keys: Sequence[Key]) -> list[Batch] | UserError:
-        """In a worker: the batch of some keys, or evaluation's, one for each run of one size."""
+    def read(self, keys: Sequence[Key]) -> Batch | UserError:
+        """In a worker: the batch of some keys."""
         try:
             items = [self.dataset[key] for key in keys]
         except UserError as error:
             return error  # raised, it would have the worker's traceback in its message
-        groups = [items]
-        if not self.pad:
-            groups = [list(group) for _, group in groupby(items, lambda item: item.image.shape)]
-        batches = []
-        for group in groups:
-            images, labels, indices = zip(*group, strict=True)
-            padded = stack(labels, self.dataset.classes.ignore)
-            batches.append(Batch(stack(images, 0), padded, torch.tensor(indices)))
-        return batches
+        images, labels, indices = zip(*items, strict=True)
+        padded = stack(labels, self.dataset.classes.ignore)
+        return Batch(stack(images, 0), padded, torch.tensor(indices))
 
     def __iter__(self) -> Iterator[Batch]:
         try:
             for result in self._start():
                 if isinstance(result, UserError):
                     raise result
-                yield from result
+                yield result
         except Exception as error:
             # The frames of the error hold the workers, which would live until garbage is collected.
             # In a process that is forked meanwhile this can hang.
@@ -171,22 +163,4 @@ def training_batches(
     for begin, end in zip(cuts, [*cuts[1:], len(order)], strict=True):
         own = np.array_split(order[begin:end], world_size)[rank]
         keys.append([(epoch, int(index)) for index in own])
-    return Batches(dataset, keys[start:], True, num_workers, pin_memory)
-
-
-def evaluation_batches(
-    dataset: SceneDataset,
-    *,
-    batch_size: int = 1,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Batches:
-    """Every image once and in order, not augmented; rank r gets samples r, r + world_size, …
-
-    All images of a batch have one size: where the size changes, a new batch begins.
-    """
-    mine = range(rank, len(dataset), world_size)
-    keys = [list[Key](mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
-    return Batches(dataset, keys, False, num_workers, pin_memory)
+    return Batches(dataset, keys[start:], num_workers, pin_memory)

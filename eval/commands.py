@@ -43,7 +43,7 @@ class Options:
     batch_size: int = 1
     """Images at once; the result does not depend on it."""
     num_workers: int = 2
-    """Processes that read images to score. Images to render are read by threads."""
+    """Threads that read images to score."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one. ONNX files run on the CPU."""
     json: Path | None = None

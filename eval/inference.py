@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from datasets import Classes, SceneDataset, evaluation_batches
+from datasets import Classes, SceneDataset
 from datasets.transforms import require_height
 from errors import UserError
 from eval.metrics import confusion_matrix, scores
-from eval.predictor import at_size, forward, to_pixels, upsample
+from eval.predictor import ahead, at_size, forward, one_size_batches, to_pixels, upsample
 from progress import track
 
 Protocol = Literal["paper", "full"]
@@ -154,33 +154,32 @@ def evaluate(
     not_finite = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros(2, device=device)  # its sum, and that of the weights
     in_group = dist.is_initialized()
-    batches: Iterable[Any] = evaluation_batches(
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=torch.device(device).type == "cuda",
-        rank=dist.get_rank() if in_group else 0,
-        world_size=dist.get_world_size() if in_group else 1,
-    )
-    if progress:
-        batches = track(batches, "evaluating", len(dataset), lambda batch: len(batch.indices))
+    first, step = (dist.get_rank(), dist.get_world_size()) if in_group else (0, 1)
+    mine = range(first, len(dataset), step)
+
+    def read(index: int) -> tuple[Tensor, Tensor, int]:
+        image, label, _ = dataset[index]
+        if protocol == "full":
+            label = torch.from_numpy(dataset.full_label(index))
+        return image, label, index
+
     network = partial(forward, model, device=device)
     was_training = model.training
     model.eval()
-    with ThreadPoolExecutor() as readers:
-        for images, labels, indices in batches:
-            if protocol == "full":  # decoded while the network computes
-                waiting = [readers.submit(dataset.full_label, index) for index in indices.tolist()]
-            truths = labels.to(device, non_blocking=True)
-            logits = network(images) if views.once else None
+    with ThreadPoolExecutor(num_workers or 1) as readers:
+        read_ahead = ahead(readers, read, mine, 2 * batch_size + 4)
+        items: Iterable[Any] = (reading.result() for _, reading in read_ahead)
+        if progress:
+            items = track(items, "evaluating", len(mine))
+        for batch in one_size_batches(items, batch_size, lambda item: item[0].shape):
+            images, labels, indices = zip(*batch, strict=True)
+            logits = network(torch.stack(images)) if views.once else None
+            truths = [label.to(device, non_blocking=True) for label in labels]
             if class_weights is not None and logits is not None:
-                truth = truths.long()
+                truth = torch.stack(truths).long()
                 total = F.cross_entropy(logits.float(), truth, class_weights, reduction="sum")
                 loss += torch.stack([total, class_weights[truth].sum()])
-            for row, index in enumerate(indices.tolist()):
-                label = truths[row]
-                if protocol == "full":
-                    label = torch.as_tensor(waiting[row].result()).to(device, non_blocking=True)
+            for row, (label, index) in enumerate(zip(truths, indices, strict=True)):
                 if logits is None:
                     photograph = dataset.photograph(index)
                     height = dataset.height

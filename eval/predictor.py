@@ -112,11 +112,10 @@ class Predictor:
         self, pictures: Iterable[tuple[Any, Image.Image]], batch_size: int
     ) -> Iterator[tuple[Any, Image.Image, np.ndarray]]:
         """Keys, pictures and their labels, in order; neighbours of one size go in one batch."""
-        for _, group in groupby(pictures, key=lambda item: item[1].size):
-            while batch := list(islice(group, batch_size)):
-                labels = self.labels([picture for _, picture in batch])
-                for (key, picture), label_map in zip(batch, labels, strict=True):
-                    yield key, picture, label_map
+        for batch in one_size_batches(pictures, batch_size, lambda item: item[1].size):
+            labels = self.labels([picture for _, picture in batch])
+            for (key, picture), label_map in zip(batch, labels, strict=True):
+                yield key, picture, label_map
 
 
 def to_pixels(image: Image.Image, height: int) -> Tensor:
@@ -148,6 +147,15 @@ def at_size(prediction: Tensor, size: tuple[int, ...], classes: int) -> Tensor:
     # Classes, of an ONNX file with the argmax inside.
     resized = F.interpolate(prediction[None, None].float(), size, mode="nearest-exact")
     return resized[0, 0].to(prediction.dtype)
+
+
+def one_size_batches(
+    items: Iterable[Any], batch_size: int, size: Callable[[Any], Any]
+) -> Iterator[list[Any]]:
+    """Neighbours of one size, `batch_size` of them at most."""
+    for _, group in groupby(items, key=size):
+        while batch := list(islice(group, batch_size)):
+            yield batch
 
 
 def write_pictures(

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from datasets import LAYOUTS, Augmentation, evaluation_batches, open_split, training_batches
+from datasets import LAYOUTS, Augmentation, open_split, training_batches
 from datasets.classes import CITYSCAPES
 from datasets.scenes import SceneDataset
 from datasets.transforms import Draw, label_size, resize_image, resize_label, shift
@@ -230,16 +230,12 @@ def test_ranks_share_every_global_batch(n: int, batch: int, world: int, start: i
     assert keys == (order[start * batch * world :] if steps else [])
     for step in steps:
         assert 1 <= max(map(len, step)) <= min(map(len, step)) + 1
-    ranks = [evaluation_batches(dataset, **options, rank=rank).keys for rank in range(world)]
-    assert sorted(key for keys in ranks for step in keys for key in step) == list(range(n))
 
 
 def test_mixed_sizes(tmp_path: Path) -> None:
     for i, width in enumerate((40, 40, 64, 40)):
         write_scene(tmp_path, f"town_{i}", (32, width))
     dataset = open_tree(tmp_path)
-    batches = list(evaluation_batches(dataset, batch_size=3))
-    assert [batch.indices.tolist() for batch in batches] == [[0, 1], [2], [3]]
     (batch,) = training_batches(dataset, batch_size=4, seed=0, epoch=1)
     assert batch.images.shape == (4, 3, 32, 64) and batch.labels.shape == (4, 8, 16)
     for image, label, index in zip(*batch, strict=True):
@@ -263,7 +259,7 @@ def test_a_worker_that_fails_ends_the_run(failing, kind, says, tree, monkeypatch
     read, fail = SceneDataset.read, Mock(side_effect=failing)
     monkeypatch.setattr(SceneDataset, "read", lambda self, i: fail() if i == 3 else read(self, i))
     with pytest.raises(kind, match=says):
-        list(evaluation_batches(open_tree(tree), batch_size=2, num_workers=2))
+        list(training_batches(open_tree(tree), batch_size=2, num_workers=2, seed=0, epoch=1))
     assert not multiprocessing.active_children()
 
 
@@ -274,7 +270,9 @@ def test_workers_end_with_a_process_that_is_killed(tree: Path) -> None:
     ours, its = context.Pipe()
 
     def target() -> None:
-        batches = iter(evaluation_batches(open_tree(tree), batch_size=3, num_workers=2))
+        batches = iter(
+            training_batches(open_tree(tree), batch_size=3, num_workers=2, seed=0, epoch=1)
+        )
         next(batches)
         its.send(len(multiprocessing.active_children()))
         time.sleep(60)
@@ -291,7 +289,7 @@ def test_workers_end_with_a_process_that_is_killed(tree: Path) -> None:
 def test_batches_need_neither_shared_memory_nor_files(tree: Path) -> None:
     """Containers have little of /dev/shm, and a worker that can't hand over must not hang."""
     dataset = open_tree(tree)
-    (batch,) = evaluation_batches(dataset, batch_size=9)
+    (batch,) = training_batches(dataset, batch_size=9, seed=0, epoch=1)
     assert len(ForkingPickler.dumps(batch)) > batch.images.nbytes  # of a tensor it is a handle
 
     gc.collect()  # files that earlier tests left open would be closed within the limit
@@ -299,7 +297,7 @@ def test_batches_need_neither_shared_memory_nor_files(tree: Path) -> None:
     unused = [number for number in range(1000) if number not in used]
     refused = pytest.raises(UserError, match=r"Too many open files.*ulimit -n")
     with limited(resource.RLIMIT_NOFILE, unused[4]), refused:
-        list(evaluation_batches(dataset, num_workers=2))
+        list(training_batches(dataset, batch_size=1, num_workers=2, seed=0, epoch=1))
 
 
 def test_class_weights_and_identity(tree: Path) -> None:
