@@ -73,7 +73,7 @@ class Predictor:
         else:
             checkpoint = read_checkpoint(weights)
             network = load_model(checkpoint).to(self.device)
-            self.facts = checkpoint.info.facts
+            self.facts = checkpoint.facts
         order = self.classes.order(weights, network.num_classes, network.class_names)
         if not is_onnx:
             network.reorder(order)

@@ -116,7 +116,7 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
         weights = folder / Path(evaluation.get("weights", "")).name
         if weights.suffix == ".safetensors" and weights.is_file():
             evaluation["weights"] = str(weights)
-            if evaluation.get("step") != read_checkpoint(weights).info.facts.get("step"):
+            if evaluation.get("step") != read_checkpoint(weights).facts.get("step"):
                 return None
     return evaluation
 

@@ -13,7 +13,6 @@ import pickle
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,7 @@ from torch import Tensor
 
 from errors import UserError
 from models import hub
-from models.layouts import (
-    CheckpointInfo,
-    StateDict,
-    huggingface,
-    mmsegmentation,
-    normalisation,
-    timm,
-)
+from models.layouts import Checkpoint, StateDict, huggingface, mmsegmentation, normalisation, timm
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +34,6 @@ FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")
 CONTAINERS = ("averaged", "model", "state_dict", "model_state_dict", "state_dict_ema")
 # Prefixes of DataParallel and weight averages, of torch.compile, and of Lightning.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
-# Names of the last layer's weight, (classes, D, 1, 1).
-CLASSIFIERS = (
-    "linear_pred.weight",  # SegFormer and LVT, as published
-    "head.conv_seg.weight",  # PVTv2, as published
-    "decode_head.conv_seg.weight",  # mmsegmentation
-    "head.classifier.weight",  # a network of the reader's own
-)
 # What a pickle may call beside torch's own: many checkpoints keep their best score as a number of
 # numpy, whose versions 1 and 2 have two names for the function that makes one.
 make_number = np.float64(0).__reduce__()[0]
@@ -60,20 +45,6 @@ NUMPY_NUMBERS: list[Any] = [
 ]
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """The bare network of a file, under the published names, and what the file says about it."""
-
-    source: str
-    state: StateDict
-    info: CheckpointInfo
-
-    @property
-    def classifier(self) -> str | None:
-        """The key of the last layer's weight; None for an encoder alone."""
-        return next((key for key in CLASSIFIERS if key in self.state), None)
-
-
 def read_checkpoint(source: Path | str) -> Checkpoint:
     """Read a file, a folder of Hugging Face's, or `user/name` of its hub, whatever its layout.
 
@@ -82,20 +53,18 @@ def read_checkpoint(source: Path | str) -> Checkpoint:
     path = hub.resolve(source)
     content, metadata = read_file(path)
     state = bare_network(state_in(content, path))
-    info = read_info(metadata, path)
+    checkpoint = Checkpoint(str(path), state, **read_metadata(metadata, path))
     layout = next((layout for layout in LAYOUTS if layout.matches(state)), None)
-    if info.model is None and layout is not None:
-        state, theirs = layout.read(state, metadata, path)
-        names = theirs.class_names or info.class_names
-        info = replace(theirs, class_names=names, facts=info.facts | theirs.facts)
-    elif info.model is None and path.suffix == ".safetensors":  # ours, saved by another program
+    if checkpoint.model is None and layout is not None:
+        checkpoint = layout.read(checkpoint, metadata)
+    elif checkpoint.model is None and path.suffix == ".safetensors":  # ours, saved by others
         log.warning("%s doesn't say what input it wants; none is normalised", path)
-    checkpoint = Checkpoint(str(path), state, info)
-    outputs = len(state.get(checkpoint.classifier or "", ()))
-    if outputs and info.class_names and len(info.class_names) != outputs:
+    outputs = len(checkpoint.state.get(checkpoint.classifier or "", ()))
+    names = checkpoint.class_names
+    if outputs and names and len(names) != outputs:
         raise UserError(
-            f"{path} names {len(info.class_names)} classes and has {outputs} outputs; "
-            "mend the names (id2label), or remove them"
+            f"{path} names {len(names)} classes and has {outputs} outputs; mend the names "
+            "(id2label), or remove them"
         )
     return checkpoint
 
@@ -192,8 +161,11 @@ def bare_network(state: StateDict) -> StateDict:
     return student or state
 
 
-def read_info(metadata: Mapping[str, Any], path: Path) -> CheckpointInfo:
-    """Strings as `loading.metadata_of` writes them. Raises UserError for what is none."""
+def read_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Fields of `Checkpoint`, from strings as `loading.metadata_of` writes them.
+
+    Raises UserError for what is none.
+    """
 
     def value(name: str) -> Any:
         return json.loads(metadata.get(name) or "null")
@@ -201,12 +173,12 @@ def read_info(metadata: Mapping[str, Any], path: Path) -> CheckpointInfo:
     try:
         mean_and_std = value("normalisation")
         names = value("class_names")
-        return CheckpointInfo(
-            model=metadata.get("model"),
-            normalisation=normalisation(*mean_and_std) if mean_and_std else None,
-            class_names=tuple(name.strip() for name in names) if names else None,
-            facts=dict(value("facts") or {}),
-        )
+        return {
+            "model": metadata.get("model"),
+            "normalisation": normalisation(*mean_and_std) if mean_and_std else None,
+            "class_names": tuple(name.strip() for name in names) if names else None,
+            "facts": dict(value("facts") or {}),
+        }
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} has damaged metadata ({error}); save it again") from error
 

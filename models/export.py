@@ -121,7 +121,7 @@ def main(options: Options) -> None:
                 f"the exported network differs from ours by {deviation:.1e}; nothing was written"
             )
         if options.int8 is not None:
-            height = checkpoint.info.facts.get("height", 512)
+            height = checkpoint.facts.get("height", 512)
             resized = (np.asarray(resize_image(read_photograph(f), height)) for f in photographs)
             quantise(temporary, resized)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -155,7 +155,7 @@ def difference(ours: Network, theirs: Network) -> float:
 
 
 def write_safetensors(network: ImagesToLogits, checkpoint: Checkpoint, path: Path) -> Network:
-    save_model(network.model, path, **checkpoint.info.facts)
+    save_model(network.model, path, **checkpoint.facts)
     return ImagesToLogits(load_model(path))
 
 
@@ -166,7 +166,7 @@ def write_torch(network: ImagesToLogits, checkpoint: Checkpoint, path: Path) -> 
     file as it is.
     """
     state: Any = OrderedDict(network.model.state_dict())
-    metadata = metadata_of(network.model, **checkpoint.info.facts)
+    metadata = metadata_of(network.model, **checkpoint.facts)
     state._metadata = {"": {"version": 1, "transkd": metadata}}
     path.write_bytes(pickled(state))
     return ImagesToLogits(load_model(path))
@@ -191,7 +191,7 @@ def write_onnx(network: ImagesToLogits, checkpoint: Checkpoint, path: Path) -> N
     program.model.metadata_props.update(
         model=network.model.name,
         classes=json.dumps(class_names(network.model)),
-        facts=json.dumps(checkpoint.info.facts),
+        facts=json.dumps(checkpoint.facts),
         images="float32 RGB in [0, 1]",
     )
     program.save(path, external_data=False)
@@ -217,7 +217,7 @@ def write_huggingface(network: ImagesToLogits, checkpoint: Checkpoint, folder: P
     normalise = model.normalisation
     processor: dict[str, Any] = {  # what is not said here it does as we do
         "image_processor_type": "SegformerImageProcessor",
-        "size": {"shortest_edge": checkpoint.info.facts.get("height", 512)},
+        "size": {"shortest_edge": checkpoint.facts.get("height", 512)},
         "do_normalize": normalise is not None,
     }
     if normalise is not None:

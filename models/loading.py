@@ -35,7 +35,7 @@ def load_model(source: Checkpoint | Path | str) -> SegmentationModel:
     decode head, or has keys that do not fit, which are listed.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
-    state, named = checkpoint.state, checkpoint.info.model
+    state, named = checkpoint.state, checkpoint.model
     name = named if named in BUILDERS else recognise(state)
     if name is None:
         what = f"{named}, which models/factory.py lacks" if named else "no known model"
@@ -90,8 +90,8 @@ def load_state(model: SegmentationModel, checkpoint: Checkpoint) -> None:
             "take an earlier one"
         )
     model.load_state_dict(state)
-    model.normalisation = checkpoint.info.normalisation
-    model.class_names = checkpoint.info.class_names
+    model.normalisation = checkpoint.normalisation
+    model.class_names = checkpoint.class_names
 
 
 def start_from(model: SegmentationModel, source: Checkpoint | Path | str) -> bool:
@@ -134,8 +134,8 @@ def with_classes_of(model: SegmentationModel, checkpoint: Checkpoint) -> StateDi
     outputs, count = model.num_classes, len(state[weight])
     names = model.class_names or tuple(str(i) for i in range(outputs))
     rows: list[int | None] = [None] * outputs  # of the file, for each output
-    if checkpoint.info.class_names and model.class_names:
-        places = {plain(name): row for row, name in enumerate(checkpoint.info.class_names)}
+    if checkpoint.class_names and model.class_names:
+        places = {plain(name): row for row, name in enumerate(checkpoint.class_names)}
         rows = [places.get(plain(name)) for name in names]
     elif count in (outputs, outputs - 1):  # nameless, but as many, with or without "ignore"
         rows[:count] = range(count)

@@ -39,7 +39,7 @@ Before you publish this, set `license` above accordingly, and name the data set 
 
 def model_card(model: SegmentationModel, checkpoint: Checkpoint) -> str:
     """The card in Markdown, with the Hugging Face hub's header."""
-    facts = checkpoint.info.facts
+    facts = checkpoint.facts
     recorded = {
         "Method": facts.get("method"),
         "Layout of the data": facts.get("dataset"),

@@ -274,7 +274,7 @@ def test_without_a_preprocessor_their_default_is_taken_and_said(folder: Path, ca
     content = {"do_normalize": False, "size": {"height": 192, "width": 96}}
     (folder.parent / "preprocessor_config.json").write_text(json.dumps(content))
     assert_given(folder, "RGB")
-    assert read_checkpoint(folder).info.facts == {"height": 96}
+    assert read_checkpoint(folder).facts == {"height": 96}
 
 
 OF_FLOATS = {"image_mean": MEAN, "image_std": STD}

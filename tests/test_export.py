@@ -73,7 +73,7 @@ def export(weights: Path, folder: Path, kind: Any, **flags: Any) -> Path:
 
 def assert_tells(path: Path, facts: dict[str, Any]) -> None:
     """The network itself, its classes, its input, the height of training."""
-    info = read_checkpoint(path).info
+    info = read_checkpoint(path)
     assert info.facts == facts
     assert (info.class_names, info.normalisation) == (NETWORK.class_names, NETWORK.normalisation)
     assert torch.equal(logits(load_model(path), IMAGES), logits(NETWORK, IMAGES))

@@ -64,7 +64,7 @@ def test_a_name_is_downloaded_once(hub: Server) -> None:
     """The weights and the configurations alone; a revision is another network."""
     for _ in range(2):
         assert torch.equal(logits(load_model(NAME)), logits(NETWORK, IMAGENET(IMAGES)))
-        assert read_checkpoint(NAME).info.facts == {"height": 96}
+        assert read_checkpoint(NAME).facts == {"height": 96}
         files = [path.rsplit("/", 1)[1] for path, _ in hub.asked if "/resolve/" in path]
         assert sorted(files) == ["config.json", "model.safetensors", "preprocessor_config.json"]
     assert torch.equal(logits(load_model(f"{NAME}@v2")), logits(NETWORK))

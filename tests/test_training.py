@@ -116,11 +116,11 @@ def test_what_a_student_starts_from(kind: str, small: Small) -> None:
     small.train(student, max_steps=1, lr=1e-12, normalisation="auto", student_weights=file)
     checkpoint = read_checkpoint(small.folder / "student.safetensors")
     assert all(torch.allclose(checkpoint.state[key], encoder[key], atol=1e-9) for key in encoder)
-    assert checkpoint.info.normalisation == (IMAGENET if kind == "encoder" else None)
+    assert checkpoint.normalisation == (IMAGENET if kind == "encoder" else None)
     facts = {"method": "student", "dataset": "cityscapes", "height": 64, "step": 1}
-    assert read_checkpoint(small.folder / "last.pt").info.facts == facts
+    assert read_checkpoint(small.folder / "last.pt").facts == facts
     facts["mean_iou"] = small.records("val")[0]["mean_iou"]
-    assert checkpoint.info.facts == facts
+    assert checkpoint.facts == facts
 
 
 def test_16_bits_change_the_loss_a_little(small: Small) -> None:
@@ -175,9 +175,9 @@ def test_the_best_stays_the_best(small: Small, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("train.engine.evaluate", lambda *_, **__: found)
     for epochs in (2, 3):
         small.train(student, num_epochs=epochs, batch_size=10, resume="auto")
-    facts = read_checkpoint(small.folder / "student_best.safetensors").info.facts
+    facts = read_checkpoint(small.folder / "student_best.safetensors").facts
     assert (facts["step"], facts["mean_iou"]) == (1, 0.5)
-    assert read_checkpoint(small.folder / "student.safetensors").info.facts["step"] == 3
+    assert read_checkpoint(small.folder / "student.safetensors").facts["step"] == 3
 
 
 def test_it_is_saved_every_so_many_minutes(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:

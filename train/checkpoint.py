@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from errors import UserError
 from files import ROOT, atomic_write, read_json, write_json
 from models import SegmentationModel, save_model
-from models.checkpoints import read_info
+from models.checkpoints import read_metadata
 from models.distillation import Distiller
 from models.loading import metadata_of, pickled
 from train import distributed
@@ -226,7 +226,8 @@ def restore(
         raise UserError(f"the checkpoint in {folder} is of another method ({reason})") from error
     for group, numbers in zip(optimizer.param_groups, chosen, strict=True):
         group.update(numbers)
-    distiller.student.normalisation = read_info(content["metadata"], folder).normalisation
+    told = read_metadata(content["metadata"], folder)
+    distiller.student.normalisation = told["normalisation"]
     torch.set_rng_state(random)
     if random_cuda is not None and run.is_cuda:
         torch.cuda.set_rng_state(random_cuda)

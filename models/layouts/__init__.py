@@ -1,8 +1,8 @@
 """How other libraries name a network's parameters, and what files say about a network.
 
 One file for each library, with two functions: `matches(state)` recognises its names, and
-`read(state, metadata, path)` gives the state under our names, which are the published ones, and
-what the library's files say about the network's input and classes.
+`read(checkpoint, metadata)` gives the state under our names, which are the published ones, and what
+the library's files say about the network's input and classes.
 """
 
 import math
@@ -23,14 +23,30 @@ FIELDS = {"i": r"\d", "j": r"\d+", "rest": ".+"}
 """What {i}, a stage, {j}, a block, and {rest} stand for in a table of names."""
 
 
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What a file says about the network in it."""
+# Names of the last layer's weight, (classes, D, 1, 1).
+CLASSIFIERS = (
+    "linear_pred.weight",  # SegFormer and LVT, as published
+    "head.conv_seg.weight",  # PVTv2, as published
+    "decode_head.conv_seg.weight",  # mmsegmentation
+    "head.classifier.weight",  # a network of the reader's own
+)
 
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The bare network of a file, under the published names, and what the file says about it."""
+
+    source: str
+    state: StateDict
     model: str | None = None  # its name, in our own files
     normalisation: Normalisation | None = None  # of its input
     class_names: tuple[str, ...] | None = None  # one for each output
     facts: dict[str, Any] = field(default_factory=dict)  # method, dataset, height, step, mean_iou
+
+    @property
+    def classifier(self) -> str | None:
+        """The key of the last layer's weight; None for an encoder alone."""
+        return next((key for key in CLASSIFIERS if key in self.state), None)
 
 
 def rename(

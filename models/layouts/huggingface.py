@@ -8,6 +8,7 @@ have 1e-6. Its image processor normalises by ImageNet's mean and deviation unles
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from files import read_json
 from models import segformer
 from models.base import Normalisation
 from models.factory import recognise
-from models.layouts import IMAGENET, CheckpointInfo, StateDict, normalisation, rename, swap_channels
+from models.layouts import IMAGENET, Checkpoint, StateDict, normalisation, rename, swap_channels
 
 log = logging.getLogger(__name__)
 
@@ -100,9 +101,7 @@ def architecture(name: str) -> dict[str, Any]:
     }
 
 
-def read(
-    state: StateDict, metadata: Mapping[str, Any], path: Path
-) -> tuple[StateDict, CheckpointInfo]:
+def read(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> Checkpoint:
     """Under our names and for RGB images, with what the files beside the weights say.
 
     These are `config.json`, and the image processor's file, which lies beside it or, where a
@@ -110,7 +109,8 @@ def read(
 
     Raises UserError if one of them can't be understood, or the network is of another architecture.
     """
-    state = from_huggingface(state)
+    state = from_huggingface(checkpoint.state)
+    path = Path(checkpoint.source)
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json") or {}
     name = recognise(state)
@@ -151,7 +151,8 @@ def read(
         log.warning("%s asks for %s, which is not done here", file, ", ".join(other))
     if processor.get("do_flip_channel_order"):  # it comes after the normalisation
         state = swap_channels(state)
-    return state, CheckpointInfo(None, chosen, names, facts)
+    names = names or checkpoint.class_names
+    return replace(checkpoint, state=state, normalisation=chosen, class_names=names, facts=facts)
 
 
 def normalisation_of(processor: dict[str, Any]) -> Normalisation | None:

@@ -13,12 +13,12 @@ import ast
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from errors import UserError
 from models.base import Normalisation
-from models.layouts import IMAGENET, CheckpointInfo, StateDict, normalisation, rename, swap_channels
+from models.layouts import IMAGENET, Checkpoint, StateDict, normalisation, rename, swap_channels
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +74,7 @@ def from_mmseg(state: StateDict) -> StateDict:
     return ours
 
 
-def read(
-    state: StateDict, metadata: Mapping[str, Any], path: Path
-) -> tuple[StateDict, CheckpointInfo]:
+def read(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> Checkpoint:
     """Under our names and for RGB images, with the normalisation that the configuration says.
 
     Where it says nothing, or nothing that can be read with certainty, ImageNet's is taken, which is
@@ -84,6 +82,7 @@ def read(
 
     Raises UserError if it names several normalisations.
     """
+    source, state = checkpoint.source, checkpoint.state
     state = from_nvidia(state) if is_nvidias(state) else from_mmseg(state)
     inputs: set[tuple[Normalisation | None, bool]] = set()
     problem = "says no mean and deviation of its input"
@@ -92,15 +91,16 @@ def read(
     except (SyntaxError, TypeError, ValueError, RecursionError):
         problem = "has a configuration that can't be read"
     if not inputs:
-        log.warning("%s %s; ImageNet's normalisation is taken", path, problem)
-        return state, CheckpointInfo(normalisation=IMAGENET)
+        log.warning("%s %s; ImageNet's normalisation is taken", source, problem)
+        return replace(checkpoint, state=state, normalisation=IMAGENET)
     if len(inputs) > 1:
         raise UserError(
-            f"the configuration in {path} names several normalisations of the input; "
+            f"the configuration in {source} names several normalisations of the input; "
             "save the weights with the one that they were trained with"
         )
     chosen, bgr = inputs.pop()
-    return swap_channels(state) if bgr else state, CheckpointInfo(normalisation=chosen)
+    state = swap_channels(state) if bgr else state
+    return replace(checkpoint, state=state, normalisation=chosen)
 
 
 def normalising_steps(text: str) -> Iterator[dict[str, Any]]:

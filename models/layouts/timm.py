@@ -1,10 +1,10 @@
 """timm's PVTv2: an ImageNet encoder and its classifier."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from models.layouts import CheckpointInfo, StateDict, rename
+from models.layouts import Checkpoint, StateDict, rename
 
 TABLE = (  # ours, theirs
     ("patch_embed1.{rest}", "patch_embed.{rest}"),
@@ -20,8 +20,6 @@ def matches(state: StateDict) -> bool:
     return any(key.startswith("stages.0.blocks.") for key in state)
 
 
-def read(
-    state: StateDict, metadata: Mapping[str, Any], path: Path
-) -> tuple[StateDict, CheckpointInfo]:
+def read(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> Checkpoint:
     """Under our names. What an encoder that starts a training is given, the training decides."""
-    return rename(state, TABLE), CheckpointInfo()
+    return replace(checkpoint, state=rename(checkpoint.state, TABLE))
