@@ -21,7 +21,6 @@ import cli  # isort: skip  # before torch
 from rich.console import Console
 
 import train.table
-from benchmarks.cases import QUICK
 from benchmarks.gpu_cases import SMALL, Setup, evaluation, profile, training
 from benchmarks.measure import Row, machine, table
 from eval.commands import ColorOptions, IoUOptions, render, score
@@ -79,7 +78,7 @@ def measure(setup: Setup, deadline: float, options: Options, content: dict[str, 
     content["left_out"] = []
     for case in (training, evaluation):
         for row in case(setup):
-            if setup.sizes == QUICK:
+            if options.quick:
                 row = replace(row, target=None)  # targets are those of the full size
             rows.append(row)
             content["rows"] = [row.as_json() for row in rows]

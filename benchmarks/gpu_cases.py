@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import published
-from benchmarks.cases import FULL, ORIGINAL, QUICK, Sizes, Step, drawn_scenes, prediction
+from benchmarks.cases import ORIGINAL, QUICK, Sizes, Step, drawn_scenes, prediction
 from benchmarks.measure import Row, peak_memory, seconds
 from datasets import Augmentation, training_batches
 from models import create_model
@@ -26,16 +26,15 @@ CITYSCAPES_IMAGES = 2975
 
 
 @dataclass(frozen=True)
-class Setup:
+class Setup(Sizes):
     """What is measured, and how often. On a CPU a compiled step and TF32 have nothing to show."""
 
+    repeats: int = 20
     device: str = "cuda"
-    sizes: Sizes = FULL
     batches: tuple[int, ...] = (8, 2, 16)
     matmuls: tuple[str, ...] = ("fp32", "TF32")  # the precision of the original's products
     modes: tuple[str | None, ...] = ("default", "reduce-overhead")  # the second is CUDA graphs
     warmup: int = 4
-    repeats: int = 20
     workers: int = 8
     passes: int = 15  # over the scenes that are loaded, four batches of them
 
@@ -45,7 +44,14 @@ class Setup:
 
 
 SMALL = Setup(
-    "cpu", QUICK, (2,), matmuls=("fp32",), modes=(None,), warmup=1, repeats=1, workers=0, passes=1
+    **vars(QUICK),
+    device="cpu",
+    batches=(2,),
+    matmuls=("fp32",),
+    modes=(None,),
+    warmup=1,
+    workers=0,
+    passes=1,
 )
 
 
@@ -56,7 +62,7 @@ def new_step(method: str, original: bool, setup: Setup, mode: str | None, matmul
     torch.backends.cudnn.allow_tf32 = True  # torch's default
     torch.backends.cudnn.benchmark = True
     precision = None if original or setup.on_cpu else torch.bfloat16
-    return Step(method, original, setup.sizes, setup.device, precision, mode)
+    return Step(method, original, setup, setup.device, precision, mode)
 
 
 def forget_compiled(setup: Setup) -> None:
@@ -73,16 +79,15 @@ def training(setup: Setup) -> Iterator[Row]:
     TransKD-Base at all batch sizes; then GL and EA at the first one, in the first mode.
     """
     for batch in setup.batches:
-        sizes = replace(setup.sizes, batch=batch)
-        yield from training_steps("TransKDBase", replace(setup, sizes=sizes))
-    sizes = replace(setup.sizes, batch=setup.batches[0])
+        yield from training_steps("TransKDBase", replace(setup, batch=batch))
+    others = replace(setup, batch=setup.batches[0], modes=setup.modes[:1])
     for method in list(PUBLISHED)[1:]:
-        yield from training_steps(method, replace(setup, sizes=sizes, modes=setup.modes[:1]))
+        yield from training_steps(method, others)
 
 
 def training_steps(method: str, setup: Setup) -> Iterator[Row]:
     """The rows of one method at one batch size."""
-    batch, height = setup.sizes.batch, setup.sizes.height
+    batch, height = setup.batch, setup.height
     times, peaks = {}, {}
     for matmul in setup.matmuls:
         step = new_step(method, True, setup, None, matmul)
@@ -128,11 +133,11 @@ def share_of_peak(step: Step, duration: float) -> float:
 
 def loop(step: Step, setup: Setup, name: str) -> Row:
     """The whole loop from a warm cache: how long the device waits for its images."""
-    batch_size = setup.sizes.batch
+    batch_size = setup.batch
     device = torch.device(setup.device)
     with tempfile.TemporaryDirectory() as folder:
-        sizes = replace(setup.sizes, pixels=setup.sizes.height)
-        scenes = drawn_scenes(Path(folder), sizes, 4 * batch_size)
+        small = replace(setup, pixels=setup.height)
+        scenes = drawn_scenes(Path(folder), small, 4 * batch_size)
         scenes.augment = Augmentation()
         batches = training_batches(
             scenes,
@@ -179,7 +184,7 @@ def evaluation(setup: Setup) -> Iterator[Row]:
         return
     student = create_model("segformer_b0").eval()
     models = [student, published.huggingface_segformer(student)]
-    height = setup.sizes.height
+    height = setup.height
     for mode in dict.fromkeys([None, setup.modes[-1]]):
         forget_compiled(setup)
         for model in models:
@@ -200,7 +205,7 @@ def evaluation(setup: Setup) -> Iterator[Row]:
 
 def profile(setup: Setup) -> str:
     """The ten kernels that a compiled step spends most time in."""
-    setup = replace(setup, sizes=replace(setup.sizes, batch=setup.batches[0]))
+    setup = replace(setup, batch=setup.batches[0])
     step = new_step("TransKDBase", False, setup, setup.modes[0], "TF32")
     for _ in range(setup.warmup):
         step()

@@ -169,9 +169,10 @@ class ClusterJob:
 
 
 def submit(jobs: Iterable[Job], folder: Path, options: str) -> None:
-    """Submit jobs to Slurm with options of sbatch, such as 'partition=gpu,time=24:00:00'.
+    """Submit jobs to Slurm with options of sbatch, such as 'partition=gpu,time=12:00:00'.
 
-    A student's job waits for its teacher's. Raises UserError if submitit or Slurm is missing.
+    Without others, a job gets a GPU for 24 hours, after which it is put into the queue again. A
+    student's job waits for its teacher's. Raises UserError if submitit or Slurm is missing.
     """
     require("submitit", "-r requirements/cluster.txt")
     import submitit
@@ -181,7 +182,8 @@ def submit(jobs: Iterable[Job], folder: Path, options: str) -> None:
         executor = submitit.SlurmExecutor(folder=folder / "slurm", max_num_timeout=1000)
     except RuntimeError as error:
         raise UserError(f"Slurm is not here ({error})") from error
-    given = {"gpus-per-node": 1} | dict(pair.split("=", 1) for pair in options.split(",") if pair)
+    given = {"gpus-per-node": 1, "time": "24:00:00"}
+    given |= dict(pair.split("=", 1) for pair in options.split(",") if pair)
     ids: dict[str, str] = {}
     for job in jobs:
         after = ids.get(job.teacher.name) if job.teacher else None

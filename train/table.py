@@ -59,7 +59,7 @@ class Options:
     gpus: str = ""
     """GPUs to spread the runs over, one at a time on each: 0,1"""
     slurm: str | None = None
-    """Submit every run to Slurm with these options of sbatch: 'partition=gpu,time=24:00:00'."""
+    """Submit every run to Slurm with these options of sbatch: 'partition=gpu,time=12:00:00'."""
     dry_run: bool = False
     """Print the commands, run nothing."""
 
