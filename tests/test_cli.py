@@ -13,10 +13,8 @@ import torch
 from errors import UserError
 from files import ROOT, atomic_write
 from models import info
-from models.distillation.methods import METHODS
 from progress import progress_line
 from tests import runs
-from train import distill
 
 
 def run(monkeypatch: pytest.MonkeyPatch, does: Any) -> int:
@@ -67,13 +65,6 @@ def test_a_reader_that_leaves_and_a_full_disk() -> None:
         with Path("/dev/full").open("w") as full:
             done = subprocess.run(command, stdout=full, **common)
         assert done.returncode == 2 and done.stderr.startswith(b"error: can't write the output (no")
-
-
-def test_help_has_a_line_for_each_method(monkeypatch, capsys) -> None:
-    assert runs.call(monkeypatch, distill, "--help") == 0
-    lines = [line.removeprefix("- ") for line in capsys.readouterr().out.splitlines()]
-    listed = [line for line in lines if line.startswith(tuple(METHODS))]
-    assert len(listed) >= 10 and all(len(line) < 80 for line in listed)
 
 
 def test_names_that_no_terminal_can_show(monkeypatch, capfdbinary) -> None:
