@@ -188,7 +188,8 @@ def require_same_run(
         if changed and not options.run.override:
             raise UserError(
                 f"--resume with other options than {options.run_dir} began with would change its "
-                f"result: {'; '.join(changed)}; give the same ones, or --override to insist"
+                f"result: {'; '.join(changed)}; give the same ones, another --output-dir, or "
+                "--override to insist"
             )
     return now
 
