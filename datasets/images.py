@@ -81,7 +81,9 @@ def read_photograph(path: Path) -> Image.Image:
             raise UserError(
                 f"{path} has more than 8 bits a channel (mode {image.mode}); convert it to RGB"
             )
-        return upright(image, path).convert("RGB")
+        photograph = upright(image, path).convert("RGB")
+    photograph.info.clear()  # an orientation, which would turn it once more
+    return photograph
 
 
 def read_label(path: Path, encoding: Encoding, classes: Classes) -> np.ndarray:

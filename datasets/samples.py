@@ -79,7 +79,7 @@ def restrict(samples: Sequence[Sample], list_file: Path) -> list[Sample]:
             by_ending[ending.removesuffix(sample.image.suffix)].add(sample.name)
 
     def fitting(path: str) -> set[str]:
-        path = os.path.normpath(path.replace("\\", "/")).lstrip("/")
+        path = os.path.normpath(path).lstrip("/")
         for ending in endings_of(path):  # a whole path first, wherever the data lay
             if ending in whole:
                 return {ending}
@@ -87,7 +87,7 @@ def restrict(samples: Sequence[Sample], list_file: Path) -> list[Sample]:
 
     named: set[str] = set()
     wrong = []
-    for line in filter(None, map(str.strip, text.splitlines())):
+    for line in filter(None, map(str.strip, text.replace("\\", "/").splitlines())):
         fits = fitting(line)
         # An image and its label have a folder each: "living room 2" is no pair.
         pair = re.fullmatch(r"(.+?)[\s,;]+(\S*/\S*\.png)", line)

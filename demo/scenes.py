@@ -95,10 +95,12 @@ def draw_files(options: Options, scene: Any) -> None:
 
 
 def main(options: Options) -> None:
-    # What is drawn is kept, so it must be what is asked for now.
+    # What is drawn is kept, so it must be what is asked for now. More may be added.
     record = options.output / "scenes.json"
     asked = asdict(options) | {"output": ""}
-    if (read_json(record) or asked) != asked:
+    before = read_json(record) or asked
+    fewer = any(asked[split] < before[split] for split in CITIES)
+    if fewer or asked != before | {split: asked[split] for split in CITIES}:
         raise UserError(f"{options.output} holds other scenes; remove it, or name another folder")
     write_json(asked, record)
     todo = [scene for scene in scenes(options) if not (scene[0].exists() and scene[1].exists())]

@@ -144,6 +144,7 @@ def evaluate(
     label. `full`: the logits of the real classes are upsampled (bilinear) to the label file's own
     size before the argmax, as cityscapesScripts scores a submission; `views` belong to it. Among
     several processes (torch.distributed) each takes its share of the images and all get the result.
+    With `class_weights`, which are for `paper`, it has the cross entropy too.
 
     Raises UserError if no pixel has a label, or the network gives NaN or infinity.
     """
@@ -174,7 +175,7 @@ def evaluate(
         for batch in one_size_batches(items, batch_size, lambda item: item[0].shape):
             images, labels, indices = zip(*batch, strict=True)
             logits = network(torch.stack(images)) if views.once else None
-            truths = [label.to(device, non_blocking=True) for label in labels]
+            truths = [label.to(device) for label in labels]
             if class_weights is not None and logits is not None:
                 truth = torch.stack(truths).long()
                 total = F.cross_entropy(logits.float(), truth, class_weights, reduction="sum")

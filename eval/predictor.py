@@ -126,7 +126,7 @@ def to_pixels(image: Image.Image, height: int) -> Tensor:
 def forward(model: nn.Module, images: Tensor, device: torch.device | str) -> Tensor:
     """uint8 images (B, 3, H, W), which become floats on the device -> logits (B, C, h, w)."""
     with torch.inference_mode():
-        return model(to_float(images.to(device, non_blocking=True))).logits
+        return model(to_float(images.to(device))).logits
 
 
 def upsample(logits: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -57,7 +57,8 @@ def read_checkpoint(source: Path | str) -> Checkpoint:
     layout = next((layout for layout in LAYOUTS if layout.matches(state)), None)
     if checkpoint.model is None and layout is not None:
         checkpoint = layout.read(checkpoint, metadata)
-    elif checkpoint.model is None and path.suffix == ".safetensors":  # ours, saved by others
+    elif checkpoint.model is None and checkpoint.classifier and path.suffix == ".safetensors":
+        # One of ours that another program has saved anew.
         log.warning("%s doesn't say what input it wants; none is normalised", path)
     outputs = len(checkpoint.state.get(checkpoint.classifier or "", ()))
     names = checkpoint.class_names

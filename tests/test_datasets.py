@@ -100,7 +100,7 @@ ROOMS = ("living", "living room 1", "a/1", "images/a/1", "a 2/hall", "c.png", "c
         ("\ufeffliving.png\n\n living ", "living"),
         ("/images/living.png labels40/living.png", "living"),
         ("images/a/1.png", "a/1"),  # not images/images/a/1.png
-        (r"images\a\1.png", "a/1"),
+        (r"images\a\1.png labels40\a\1.png", "a/1"),
         ("images/a 2/hall.png", "a 2/hall"),  # no pair
         ("c.png", r"fit no image, or several: 1 \(c.png\)"),
         ("living room 2", r"several: 1 \(living room 2\); give paths like images/"),

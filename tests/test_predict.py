@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from datasets.classes import CITYSCAPES
+from datasets.images import read_photograph
 from demo import app
 from errors import UserError
 from eval.predict import Options, main
@@ -124,7 +125,8 @@ def test_a_folder(weights, photographs, tmp_path) -> None:
         assert made["side_by_side"].height > photograph.height
         # From Python, and at another height.
         path = photographs / source
-        for given in (path, Image.open(path), photograph, np.asarray(photograph)):
+        pictures = Image.open(path), read_photograph(path), photograph
+        for given in (path, *pictures, np.asarray(photograph)):
             labels, colours = predictor(given)
             assert equal(labels, expected(weights, photograph, 96))
             assert (np.asarray(colours) == CITYSCAPES.palette[labels]).all()

@@ -95,6 +95,8 @@ def test_grids_of_the_project(path: Path, uncounted: None) -> None:
         ('presets = ["slow"]', 'presets = ["fast"]', "no preset is called fast"),
         ('name = "student"', 'name = "teacher"', "two rows are called teacher"),
         ("seeds = [0, 1]", "seeds = 2", "is no grid .*seeds"),
+        ("seeds = [0, 1]", "seeds = []", "there are no seeds"),
+        (GIVEN, "", "row teacher: it needs a script, or weights"),
         ("seeds = [0, 1]", 'weights = "bset"', "is no grid .*bset"),
         ("max-steps", "max-stepps", "train/student.py can't be run"),
         ("_iou.py", "_iuo.py", "eval_cityscapes_iuo.py can't be run"),
@@ -176,6 +178,10 @@ def test_one_failure_does_not_lose_the_others(tmp_path: Path) -> None:
     assert changed.result is None
     run_here([changed], [{}], lambda: calls.append(1))
     assert len(calls) == 3 and changed.result == {"mean_iou": 0.5}
+    # Nor is what was learned from another teacher, or was not evaluated.
+    assert not job(tmp_path, "good", "pass", teacher=bad).is_done
+    (changed.folder / "eval.json").unlink()
+    assert not changed.is_done
 
 
 @runs.as_a_process()
@@ -187,7 +193,8 @@ def test_teachers_first_and_a_device_for_each(tmp_path: Path, capsys: Any) -> No
     lock = FileLock(elsewhere.folder / "table.lock")
 
     def ended() -> None:  # what another table is at work on, and is not done again
-        write_json({"commands": elsewhere.commands}, elsewhere.folder / "done.json")
+        for name, content in (("eval", {"mean_iou": 0.5}), ("done", elsewhere.made_by)):
+            write_json(content, elsewhere.folder / f"{name}.json")
         lock.release()
 
     with lock:
@@ -220,7 +227,7 @@ def test_the_table(grid: Path, uncounted: None) -> None:
         (run.folder / "metrics.jsonl").write_text("".join(line % step for step in (1, 2, 3)))
         if run.name in scores:
             write_json({"mean_iou": scores[run.name]}, run.folder / "eval.json")
-            write_json({"commands": run.commands}, run.folder / "done.json")
+            write_json(run.made_by, run.folder / "done.json")
         else:
             run.error = "out of memory"
     text = table.tabulate(content, planned, grid.parent)

@@ -79,7 +79,7 @@ def save(
             file.flush()
             os.fsync(file.fileno())
         # Killed between this and the next renaming, a run is continued from previous.pt.
-        if path.exists():
+        if path.is_file() and not path.is_symlink():
             path.replace(path.with_name("previous.pt"))
 
 

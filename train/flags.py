@@ -68,7 +68,8 @@ class DataOptions:
     cache: bool = local(True)
     """Keep the resized images in a memory-mapped cache: the same numbers, without decoding."""
     num_workers: int = local(default_factory=default_workers)
-    """Processes that prepare batches; 0 prepares them in this one."""
+    """Processes that prepare batches; 0 prepares them in this one. Validation reads by as many
+    threads."""
 
 
 @dataclass(kw_only=True)

@@ -74,8 +74,12 @@ class Grid(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         """Raise ValueError for names that stand for nothing, or for two rows."""
+        if not self.seeds:
+            raise ValueError("there are no seeds")
         names = [row.name for row in self.rows]
         for number, row in enumerate(self.rows):
+            if bool(row.script) == bool(row.weights):
+                raise ValueError(f"row {row.name}: it needs a script, or weights, and not both")
             if row.name in names[:number]:
                 raise ValueError(f"two rows are called {row.name}")
             if row.teacher and row.teacher not in names[:number]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,16 @@ class Job:
     error: str = ""
 
     @property
+    def made_by(self) -> dict[str, Any]:
+        """What decides its result: its commands, and its teacher's."""
+        before = self.teacher.commands if self.teacher else []
+        return {"commands": [*before, *self.commands]}
+
+    @property
     def is_done(self) -> bool:
-        """Whether these commands have ended well, and not others of a grid that was changed."""
-        return read_json(self.folder / "done.json") == {"commands": self.commands}
+        """Whether it is evaluated, by these commands and not those before a grid was changed."""
+        evaluated = (self.folder / "eval.json").is_file()
+        return evaluated and read_json(self.folder / "done.json") == self.made_by
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -58,7 +66,9 @@ def run_commands(job: Job, slot: Slot, lock: FileLock) -> Work:
     If one of them fails, the job's `error` says why. The lock is held until this is over.
     """
     path = job.folder / "log.txt"
-    with path.open("ab") as log:
+    with ExitStack() as stack:
+        stack.callback(lock.release)
+        log = stack.enter_context(path.open("ab"))
         for command in job.commands:
             log.write(f"$ python {shlex.join(command)}\n".encode())
             log.flush()
@@ -83,7 +93,7 @@ def run_commands(job: Job, slot: Slot, lock: FileLock) -> Work:
                 last = next((line for line in reversed(lines) if line.strip()), "")
                 job.error = f"{last} (exit code {process.returncode}, {path})"
                 return
-    write_json({"commands": job.commands}, job.folder / "done.json")
+        write_json(job.made_by, job.folder / "done.json")
 
 
 def start(job: Job, slot: Slot) -> Work | None:
@@ -164,7 +174,8 @@ class ClusterJob:
         import submitit
 
         if self.running is not None:
-            self.running.close()
+            with suppress(ValueError):  # it is at work at this moment, and ends with this process
+                self.running.close()
         return submitit.helpers.DelayedSubmission(ClusterJob(self.job))
 
 

@@ -157,7 +157,11 @@ def claim_folder(options: TrainingOptions) -> FileLock:
             "--output-dir"
         )
     if options.run.resume is None:
-        for name in ("metrics.jsonl", "eval.json"):  # of a run whose checkpoints were removed
+        for name in (
+            "metrics.jsonl",
+            "eval.json",
+            "done.json",
+        ):  # of a run whose checkpoints were removed
             (folder / name).unlink(missing_ok=True)
     return lock
 

@@ -97,8 +97,6 @@ def plan_runs(grid: Grid, datadir: Path, output: Path, options: Options) -> list
     teachers = {row.teacher for row in grid.rows}
     runs: dict[str, list[TableRun]] = {}
     for row in grid.rows:
-        if row.name not in wanted:
-            continue
         if options.teacher_weights and row.name in teachers:
             row.script, row.weights = "", str(options.teacher_weights)
         seeds = row.seeds or options.seeds or grid.seeds
@@ -113,10 +111,10 @@ def plan_runs(grid: Grid, datadir: Path, output: Path, options: Options) -> list
         runs[row.name] = own
     if unknown := wanted - runs.keys():
         raise UserError(f"no row is called {', '.join(sorted(unknown))}")
-    # Teachers keep their schedule.
+    # Also by rows that are not asked for now. Teachers keep their schedule.
     if grid.equal == "compute":
         stretch_to_equal_compute([run for name in runs.keys() - teachers for run in runs[name]])
-    return [run for row in runs.values() for run in row]
+    return [run for name, row in runs.items() if name in wanted for run in row]
 
 
 def new_run(
@@ -206,7 +204,7 @@ def tabulate(grid: Grid, runs: Sequence[TableRun], folder: Path) -> str:
         gains = [value - alone[seed] for seed, value in values.items() if seed in alone]
         cost = own[0].cost
         steps, seconds = own[0].measured()
-        if row.name not in teachers:
+        if steps and row.name not in teachers:
             lengths.add(steps)
         records.append(
             {
@@ -264,7 +262,8 @@ def main(options: Options) -> None:
             print(f"python {shlex.join(command)}")
         return
     for command in draw:
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        if code := subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+            sys.exit(code)  # it has said why
     output.mkdir(parents=True, exist_ok=True)
     if options.slurm is not None:
         submit([run for run in runs if not run.is_done], output, options.slurm)
