@@ -50,8 +50,6 @@ def test_measurements(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(UserError, match="no model is called 'segformer_b9'"):
-        main(Options(("segformer_b9",)))
     with pytest.raises(UserError, match="it must be at least 32"):
         main(Options(("segformer_b0",), height=31))
     with pytest.raises(UserError, match="--device meta does not work here"):

@@ -97,7 +97,6 @@ def test_grids_of_the_project(path: Path, uncounted: None) -> None:
         ("seeds = [0, 1]", "seeds = 2", "is no grid .*seeds"),
         ("seeds = [0, 1]", "seeds = []", "there are no seeds"),
         (GIVEN, "", "row teacher: it needs a script, or weights"),
-        ("seeds = [0, 1]", 'weights = "bset"', "is no grid .*bset"),
         ("max-steps", "max-stepps", "train/student.py can't be run"),
         ("_iou.py", "_iuo.py", "eval_cityscapes_iuo.py can't be run"),
     ],
