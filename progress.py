@@ -14,12 +14,26 @@ tqdm.set_lock(threading.RLock())
 FORMAT = "{desc}  {bar:10}  {n_fmt}/{total_fmt}  {rate_noinv_fmt}  {remaining} left{postfix}"
 
 
+class LogLines:
+    """A stream for tqdm, where every state of a progress line becomes a line of its own."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def progress_line(title: str, total: int | None, unit: str = "images", **more: Any) -> "tqdm[Any]":
     """A progress line; in a log, where every update stays, there is one each ten seconds."""
     terminal = sys.stderr.isatty()
     seconds = 0.1 if terminal else 10.0
-    pace = {"mininterval": seconds, "maxinterval": seconds, "dynamic_ncols": terminal}
-    return tqdm(desc=title, total=total, unit=f" {unit}", bar_format=FORMAT, **pace, **more)
+    more |= {"mininterval": seconds, "maxinterval": seconds, "dynamic_ncols": terminal}
+    more |= {} if terminal else {"file": LogLines()}
+    return tqdm(desc=title, total=total, unit=f" {unit}", bar_format=FORMAT, **more)
 
 
 def end_progress_lines() -> None:
