@@ -4,7 +4,7 @@
     python eval/eval_cityscapes_color.py --datadir data/cityscapes --overlay 0.5
     python eval/eval_cityscapes_color.py --datadir data/cityscapes --subset test --label-ids
 
-The last one writes what the benchmark server takes. Other splits need no labels.
+The last one writes what the benchmark server takes. No labels are needed.
 """
 
 import sys

@@ -9,7 +9,7 @@
                   (batch, classes, ceil(height/4), ceil(width/4)), or with --argmax to `classes`
                   (batch, …) of uint8, "ignore" never among them
     hf            a folder for SegformerForSemanticSegmentation.from_pretrained, with image
-                  processor and model card; for SegFormers alone
+                  processor and model card; for SegFormers with SegFormer's own head
     safetensors   the weights alone, as our training writes them
     torch         a state dict under the published names
 
@@ -32,6 +32,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import cli
+from datasets import LAYOUTS
 from datasets.images import read_photograph
 from datasets.samples import images_below
 from datasets.transforms import resize_image
@@ -87,8 +88,11 @@ class ImagesToLogits(nn.Module):
         logits = self.model(images).logits
         if not self.argmax:
             return logits
-        has_ignore = class_names(self.model)[-1] == "ignore"
-        return logits[:, : self.model.num_classes - has_ignore].argmax(1).to(torch.uint8)
+        # Released weights tell no names, and have an output for "ignore" as ours have.
+        names, outputs = self.model.class_names, self.model.num_classes
+        known = [layout.classes.num_outputs for layout in LAYOUTS.values()]
+        has_ignore = outputs in known if names is None else names[-1] == "ignore"
+        return logits[:, : outputs - has_ignore].argmax(1).to(torch.uint8)
 
 
 def main(options: Options) -> None:

@@ -72,7 +72,8 @@ def plan_of(grid: Path, **options: Any) -> list[table.TableRun]:
 @pytest.fixture
 def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run costs takes half a second to count."""
-    monkeypatch.setattr(table, "cost_of", lambda _: Cost(3_720_000, 13_670_000_000, 4e9))
+    cost = Cost("segformer_b0", 3_720_000, 13_670_000_000, 4e9, 1.6e12)
+    monkeypatch.setattr(table, "cost_of", lambda *_: cost)
 
 
 @pytest.mark.parametrize("path", sorted(GRIDS.glob("*.toml")), ids=lambda path: path.stem)

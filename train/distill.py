@@ -51,7 +51,7 @@ def main(options: Options) -> None:
         return
     # The teacher's classes must be the data set's where its logits are compared.
     method = METHODS[options.method]
-    by_logits = method.logits is not None
+    by_logits = method.compares_logits
     teacher = load_teacher(options.distillation, options.data.dataset, run.classes, by_logits)
     weights = run.class_weights()
     distiller = method.build(student, teacher.channels, weights, options.distillation)

@@ -68,7 +68,8 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
     torch.manual_seed(recipe.seed + distributed.rank())
     state = begin(run, distiller, teacher, plan, optimizer, scaler)
     run.use_cache()  # the first thing that takes long: what can be refused was, by now
-    total_steps = plan.total_steps(state.epoch, state.batch, state.step)
+    # As planned, unless a resumed run goes on with another batch size or number of epochs.
+    total_steps = plan.steps = plan.total_steps(state.epoch, state.batch, state.step)
     learner = compile_and_wrap(distiller, teacher, run)
     logger = Logger(options, run.train_set.samples, total_steps, state.step)
     logger.record("start", state.epoch, total_steps=total_steps, **provenance(device))
@@ -141,7 +142,8 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
         epoch = state.epoch  # the one that was under way
         if state.batch >= steps_per_epoch:
             state.epoch, state.batch = epoch + 1, 0
-        if state.step < total_steps and epoch % options.run.validate_every != 0:
+        numbered = options.run.epochs_save > 0 and epoch % options.run.epochs_save == 0
+        if state.step < total_steps and epoch % options.run.validate_every != 0 and not numbered:
             continue
         score = validate(distiller.student, run, epoch, logger, "val", distiller.class_weights)
         best = score > state.best
@@ -151,7 +153,7 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
             + (" *" if best else "")
         )
         save_weights(run, distiller.student, state, score)
-        if options.run.epochs_save and epoch % options.run.epochs_save == 0:
+        if numbered:
             save_weights(run, distiller.student, state, score, f"_epoch{epoch:04}")
         if best:  # ahead of last.pt, which remembers that this was the best
             save_weights(run, distiller.student, state, score, "_best")

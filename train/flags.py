@@ -75,7 +75,8 @@ class DataOptions:
 @dataclass(kw_only=True)
 class RecipeOptions:
     recipe: Literal["paper", "modern"] = "paper"
-    """Whose numbers are the flags' defaults: the paper's, or current practice (see RECIPES)."""
+    """Whose numbers are the flags' defaults: the paper's, or current practice (RECIPES in
+    train/options.py)."""
     num_epochs: int = free(1000, least=1)
     """Passes over the training images."""
     batch_size: int = number(2, least=1)

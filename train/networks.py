@@ -7,6 +7,7 @@ from errors import UserError
 from files import OUTPUTS, ROOT
 from models import SegmentationModel, create_model, load_model, start_from
 from models.layouts import IMAGENET
+from models.zoo import ZOO
 from train import distributed
 from train.flags import DistillationOptions, RecipeOptions, StudentOptions
 
@@ -16,9 +17,10 @@ def pretrained_path(model: str) -> Path:
     name = model.replace("segformer", "mit")  # as the encoder's authors call it
     path = ROOT / "ckpt_pretrained" / f"{name}.pth"
     if not path.is_file():
+        download = f"python -m models.zoo download {name}, or " if name in ZOO else ""
         raise UserError(
-            f"no ImageNet weights at {path}; python -m models.zoo download {name}, or start "
-            "without them (a teacher by --from-scratch)"
+            f"no ImageNet weights at {path}; {download}start without them (a teacher by "
+            "--from-scratch)"
         )
     return path
 

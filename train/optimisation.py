@@ -43,7 +43,8 @@ class Plan:
             kept = recipe.num_epochs * self.published_steps_per_epoch
             self.epochs = math.ceil(kept / steps_per_epoch)
             self.limit = min(self.limit, kept)
-        self.steps = min(self.epochs * steps_per_epoch, self.limit)  # from beginning to end
+        # From beginning to end; the learning rate falls over them where it falls once a step.
+        self.steps = min(self.epochs * steps_per_epoch, self.limit)
 
     def total_steps(self, epoch: int, batch: int, step: int) -> int:
         """The number of the last step of a run that is continued by this plan.

@@ -105,7 +105,10 @@ def plan_runs(grid: Grid, datadir: Path, output: Path, options: Options) -> list
             new_run(grid, row, seed, datadir, output, taught_by)
             for seed in (seeds if row.script else (0,))
         ]
-        cost = cost_of(own[0].options) if own[0].options else None  # the same for every seed
+        # The same for every seed.
+        teacher_cost = taught_by[0].cost if taught_by else None
+        teacher_model = teacher_cost.model if teacher_cost else None
+        cost = cost_of(own[0].options, teacher_model) if own[0].options else None
         for run in own:
             run.cost = cost
         runs[row.name] = own
@@ -163,8 +166,14 @@ def parse(command: Sequence[str]) -> Any:
 
 
 def stretch_to_equal_compute(students: Sequence[TableRun]) -> None:
-    """Give every training as many multiply-accumulates as the most expensive one has."""
-    most = max((run.cost.macs_per_step for run in students if run.cost), default=0.0)
+    """Give every training as many multiply-accumulates as the most expensive one has.
+
+    Raises UserError if their lengths can't be compared: some in steps, some in epochs.
+    """
+    recipes = [run.options.recipe for run in students if run.options]
+    if len({recipe.max_steps is None for recipe in recipes}) > 1:
+        raise UserError("equal compute needs max-steps in every row, or in none")
+    most = max((run.cost.macs_in_all for run in students if run.cost), default=0.0)
     for run in students:
         if run.options is None or run.cost is None:
             continue
@@ -175,7 +184,7 @@ def stretch_to_equal_compute(students: Sequence[TableRun]) -> None:
             "lr_decay_epochs": recipe.lr_decay_epochs,
             "validate_every": run.options.run.validate_every,
         }
-        longer = most / run.cost.macs_per_step
+        longer = most / run.cost.macs_in_all
         run.commands[0] += flags({k: math.ceil(v * longer) for k, v in schedule.items() if v})
 
 

@@ -77,6 +77,12 @@ class Method:
     # A class with losses of its own.
     distiller: Callable[..., Distiller] | None = None
 
+    @property
+    def compares_logits(self) -> bool:
+        """Whether the teacher's logits count: then it must have the student's classes."""
+        own = getattr(self.distiller, "needs_teacher_logits", False)
+        return self.logits is not None or own is True
+
     def build(
         self,
         student: SegmentationModel,
