@@ -74,11 +74,7 @@ class Predictor:
             checkpoint = read_checkpoint(weights)
             network = load_model(checkpoint).to(self.device)
             self.facts = checkpoint.facts
-        order = self.classes.order(weights, network.num_classes, network.class_names)
-        if not is_onnx:
-            network.reorder(order)
-        elif order != list(range(network.num_classes)):
-            raise UserError(f"{weights} has its classes in another order; export it again")
+        network.reorder(self.classes.order(weights, network.num_classes, network.class_names))
         self.network: nn.Module = network
         self.height = self.facts.get("height", 512) if height is None else height
         require_height(self.height)

@@ -95,9 +95,9 @@ def main(options: Options) -> None:
     for folder in folders:
         read_records(folder / "metrics.jsonl")  # what is no run is refused before the long work
     for folder in folders:
-        if options.evaluate and read_evaluation(folder) is None:
-            trained = read_json(folder / "options.json") or {}
-            weights = folder / f"{trained.get('network', 'student')}.safetensors"
+        trained = read_json(folder / "options.json") or {}
+        weights = folder / f"{trained.get('network', 'student')}.safetensors"
+        if options.evaluate and weights.is_file() and read_evaluation(folder) is None:
             flags = IoUOptions(Path(trained["datadir"]), weights=weights, device=options.device)
             flags.json = folder / "eval.json"
             score(trained["dataset"], flags)
@@ -214,7 +214,10 @@ def worst_and_best(evaluated: Mapping[str, dict[str, Any]], device: str) -> list
     if not scored:
         return []
     first = next(iter(scored.values()))
-    data = open_split(first["dataset"], first["datadir"], first["subset"])
+    place = ("dataset", "datadir", "subset")
+    if any(one[key] != first[key] for one in scored.values() for key in place):
+        raise UserError("the runs were evaluated on different data")
+    data = open_split(*(first[key] for key in place))
     means = {}
     for index, sample in enumerate(data.samples):
         scores = [one["per_image"].get(sample.name) for one in scored.values()]

@@ -39,13 +39,23 @@ class OnnxModel(nn.Module):
             reason = str(error).splitlines()[0][:120]
             raise UserError(f"{path} is no network that models.export wrote ({reason})") from error
         self.num_classes = len(self.class_names)
+        self.order: list[int] | None = None
         self.predicts_classes = self.session.get_outputs()[0].name == "classes"
 
     def forward(self, images: Tensor) -> SegmentationOutput:
         """Images (B, 3, H, W), RGB in [0, 1] -> logits (B, classes, h, w), or classes (B, h, w)."""
         inputs = {"images": images.cpu().numpy().astype(np.float32, copy=False)}
         (output,) = self.session.run(None, inputs)
+        if self.order is not None:
+            if self.predicts_classes:
+                output = np.argsort(self.order).astype(output.dtype)[output]
+            else:
+                output = output[:, self.order]
         return SegmentationOutput(torch.from_numpy(output), (), ())
+
+    def reorder(self, order: list[int]) -> None:
+        """Put the outputs into another order, as `SegmentationModel.reorder` does."""
+        self.order = None if order == sorted(order) else order
 
 
 def quantise(path: Path, photographs: Iterator[np.ndarray]) -> None:

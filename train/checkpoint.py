@@ -221,17 +221,21 @@ def restore(
         optimizer.load_state_dict(content["optimizer"])
         scaler.load_state_dict(content["scaler"])
         state = State(**content["state"])
-        random, random_cuda = content["random"][distributed.rank()]
-    except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
+        states = content["random"]
+        # More processes than before, which takes --override: their draws begin anew.
+        rank = distributed.rank()
+        own, own_cuda = states[rank] if rank < len(states) else (None, None)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the checkpoint in {folder} is of another method ({reason})") from error
     for group, numbers in zip(optimizer.param_groups, chosen, strict=True):
         group.update(numbers)
     told = read_metadata(content["metadata"], folder)
     distiller.student.normalisation = told["normalisation"]
-    torch.set_rng_state(random)
-    if random_cuda is not None and run.is_cuda:
-        torch.cuda.set_rng_state(random_cuda)
+    if own is not None:
+        torch.set_rng_state(own)
+    if own_cuda is not None and run.is_cuda:
+        torch.cuda.set_rng_state(own_cuda)
     return state
 
 

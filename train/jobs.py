@@ -193,8 +193,10 @@ def submit(jobs: Iterable[Job], folder: Path, options: str) -> None:
         executor = submitit.SlurmExecutor(folder=folder / "slurm", max_num_timeout=1000)
     except RuntimeError as error:
         raise UserError(f"Slurm is not here ({error})") from error
-    given = {"gpus-per-node": 1, "time": "24:00:00"}
-    given |= dict(pair.split("=", 1) for pair in options.split(",") if pair)
+    given: dict[str, Any] = {"gpus-per-node": 1, "time": "24:00:00"}
+    for option in filter(None, options.split(",")):
+        name, _, value = option.partition("=")
+        given[name] = value or True  # such as "exclusive"
     ids: dict[str, str] = {}
     for job in jobs:
         after = ids.get(job.teacher.name) if job.teacher else None
