@@ -131,8 +131,11 @@ def nyuv2(sources: Sequence[Path]) -> Files:
     open_frames = partial(h5py.File, rdcc_nbytes=2**28)
     frames = open_source("nyu_depth_v2_labeled.mat", sources, open_frames)
     splits = open_source("splits.mat", sources, loadmat)
-    mapping = open_source("classMapping40.mat", sources, loadmat)["mapClass"].ravel()
-    class40 = np.array([0, *mapping], np.uint8)  # 0: unlabelled
+    mapping = open_source("classMapping40.mat", sources, loadmat)
+    with naming("splits.mat or classMapping40.mat"):
+        class40 = np.array([0, *mapping["mapClass"].ravel()], np.uint8)  # 0: unlabelled
+        train = splits["trainNdxs"].ravel().astype(int).tolist()
+        test = splits["testNdxs"].ravel().astype(int).tolist()
 
     def image(number: int) -> np.ndarray:
         # (N, 3, W, H): MATLAB turns the order of axes round, and counts from 1
@@ -141,7 +144,6 @@ def nyuv2(sources: Sequence[Path]) -> Files:
     def label(number: int) -> np.ndarray:
         return class40[frames["labels"][number - 1].transpose()]
 
-    train, test = (splits[key].ravel().astype(int).tolist() for key in ("trainNdxs", "testNdxs"))
     files: Files = {
         "train.txt": "\n".join(f"{number:04d}" for number in train).encode(),
         "test.txt": "\n".join(f"{number:04d}" for number in test).encode(),
@@ -160,7 +162,10 @@ def voc2012(sources: Sequence[Path]) -> Files:
         names = read_tar(voc, voc.getmember("VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"))
     val = set(names.decode().split())
     own = {Path(name).stem for name in voc.getnames() if "/SegmentationClass/" in name}
-    added = {Path(name).stem for name in sbd.getnames() if "/cls/" in name} - own
+    with naming(str(sbd.name)):
+        added = {Path(name).stem for name in sbd.getnames() if "/cls/" in name} - own
+        if not added:
+            raise ValueError("it has no labels in a folder cls")
     labelled = own | added
     files: Files = {
         "ImageSets/Segmentation/train.txt": "\n".join(sorted(labelled - val)).encode(),

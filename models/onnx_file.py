@@ -74,7 +74,7 @@ def quantise(path: Path, photographs: Iterator[np.ndarray]) -> None:
         def get_next(self) -> dict[str, Any] | None:
             return next(inputs, None)
 
-    quant_pre_process(path, path)
+    quant_pre_process(path, path, skip_symbolic_shape=True)
     logging.disable(logging.WARNING)  # it warns that a LayerNorm's weight has no channels
     quantize_static(
         path,

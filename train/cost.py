@@ -46,7 +46,8 @@ def cost_of(options: TrainingOptions, teacher_model: str | None = None) -> Cost:
         network = create_model(values.get("student_model") or values["teacher_model"], outputs)
         network.eval()
         paper_images = torch.empty(1, 3, *PAPER_SIZE)
-        images = torch.empty(1, 3, height, 2 * height)  # as wide as Cityscapes' are
+        # As wide as Cityscapes' are, where they are not cropped.
+        images = torch.empty(1, 3, *(recipe.crop or (height, 2 * height)))
         learner: Distiller = Distiller(network)
         teacher_macs = 0
         method = METHODS.get(PUBLISHED.get(options.method, options.method))

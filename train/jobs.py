@@ -88,10 +88,11 @@ def run_commands(job: Job, slot: Slot, lock: FileLock) -> Work:
                 process.terminate()
                 process.wait()
             if process.returncode:
-                # The last line of its output says why.
-                lines = path.read_text(errors="replace").splitlines()
-                last = next((line for line in reversed(lines) if line.strip()), "")
-                job.error = f"{last} (exit code {process.returncode}, {path})"
+                # Its error, or the end of its traceback, says why.
+                output = path.read_text(errors="replace").rpartition("$ python ")[2]
+                lines = [line for line in output.splitlines() if line.strip()]
+                errors = [line for line in lines if line.startswith("error: ")]
+                job.error = f"{(errors or lines)[-1]} (exit code {process.returncode}, {path})"
                 return
         write_json(job.made_by, job.folder / "done.json")
 

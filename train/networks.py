@@ -37,12 +37,13 @@ def teacher_path(options: DistillationOptions, dataset: str) -> Path:
     suffix = "th" if model.startswith("pvt") else "pth"  # as released
     name = f"{model.replace('_', '')}_teacher_{dataset.lower()}"
     released = OUTPUTS / f"{name}.{suffix}"
+    download = f"python -m models.zoo download {name}, or " if name in ZOO else ""
     for path in (trained, released):
         if path.is_file():
             return path
     raise UserError(
         f"no teacher: neither {trained}, which train/teacher.py writes, nor {released}; "
-        f"python -m models.zoo download {name}, or --teacher-weights FILE or a name of the hub, "
+        f"{download}--teacher-weights FILE or a name of the hub, "
         "nvidia/segformer-b2-finetuned-cityscapes-1024-1024"
     )
 
