@@ -32,8 +32,8 @@ def progress_line(title: str, total: int | None, unit: str = "images", **more: A
     terminal = sys.stderr.isatty()
     seconds = 0.1 if terminal else 10.0
     more |= {"mininterval": seconds, "maxinterval": seconds, "dynamic_ncols": terminal}
-    more |= {} if terminal else {"file": LogLines()}
-    return tqdm(desc=title, total=total, unit=f" {unit}", bar_format=FORMAT, **more)
+    file: Any = sys.stderr if terminal else LogLines()
+    return tqdm(desc=title, total=total, unit=f" {unit}", bar_format=FORMAT, file=file, **more)
 
 
 def end_progress_lines() -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 import cli
 from datasets import DATASETS, LAYOUTS, SceneDataset
-from datasets.images import TURNS, open_image, orientation
+from datasets.images import open_image, orientation
 from datasets.layouts import SUBSETS
 from datasets.samples import unpaired
 from errors import UserError
@@ -58,7 +58,7 @@ def examine(scenes: SceneDataset, index: int) -> Finding:
     try:
         photograph, label = scenes.load(index)
         with open_image(sample.image) as image:
-            finding.turned = int(orientation(image, sample.image) in TURNS)
+            finding.turned = int(orientation(image, sample.image) != 1)
         finding.sizes[f"{photograph.height}×{photograph.width}"] = 1
         if sample.label is not None:
             counts = np.bincount(label.ravel(), minlength=classes.num_outputs).tolist()

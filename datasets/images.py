@@ -51,17 +51,21 @@ def orientation(image: Image.Image, path: Path) -> int:
     if image.format == "TIFF":  # which Pillow turns upright when it decodes it
         return 1
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        number = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception as error:  # a malformed EXIF block can make its reader raise anything
         log.warning("%s has EXIF that can't be read (%s); it is taken as it lies", path, error)
         return 1
+    return number if number in TURNS else 1  # 0 and 9 mean nothing
 
 
 def upright(image: Image.Image, path: Path) -> Image.Image:
     """Decode an opened image and turn it as the camera was held."""
     image.load()
     turn = TURNS.get(orientation(image, path))
-    return image if turn is None else image.transpose(turn)
+    if turn is not None:
+        image = image.transpose(turn)
+        image.info.clear()  # where it says how it lay: it must not be turned once more
+    return image
 
 
 def upright_size(path: Path) -> tuple[int, int]:
@@ -81,9 +85,7 @@ def read_photograph(path: Path) -> Image.Image:
             raise UserError(
                 f"{path} has more than 8 bits a channel (mode {image.mode}); convert it to RGB"
             )
-        photograph = upright(image, path).convert("RGB")
-    photograph.info.clear()  # an orientation, which would turn it once more
-    return photograph
+        return upright(image, path).convert("RGB")
 
 
 def read_label(path: Path, encoding: Encoding, classes: Classes) -> np.ndarray:

@@ -16,7 +16,7 @@ from eval.inference import ONE_VIEW, Evaluation, Protocol, Views, evaluate
 from eval.metrics import percent
 from eval.predictor import Predictor, write_pictures
 from files import OUTPUTS, write_json
-from models.zoo import ZOO
+from models.zoo import download_advice
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +95,9 @@ def find_weights(options: Options, dataset: str) -> Path:
     for name in names:
         if (OUTPUTS / f"{name}.pth").is_file():
             return OUTPUTS / f"{name}.pth"
-    download = f"python -m models.zoo download {names[0]}, or " if names[0] in ZOO else ""
     raise UserError(
-        f"{OUTPUTS / names[0]}.pth is missing; {download}name weights by --weights FILE"
+        f"{OUTPUTS / names[0]}.pth is missing; {download_advice(names[0])}name weights by "
+        "--weights FILE"
     )
 
 

@@ -65,8 +65,9 @@ class Views:
         """
         per_view = []
         for scale in self.scales:
-            require_height(round(scale * height))
-            image = to_pixels(photograph, round(scale * height))[None]
+            scaled = round(scale * height)
+            require_height(scaled)
+            image = to_pixels(photograph, scaled)[None]
             for mirrored in (False, True) if self.flip else (False,):
                 logits = self.logits(network, image.flip(-1) if mirrored else image)
                 part = upsample(logits[:, :classes], size).softmax(1)

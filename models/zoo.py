@@ -73,6 +73,11 @@ def find_entries() -> dict[str, Entry]:
 ZOO = find_entries()
 
 
+def download_advice(name: str) -> str:
+    """The beginning of an advice: the command that brings these weights, if the zoo has them."""
+    return f"python -m models.zoo download {name}, or " if name in ZOO else ""
+
+
 @dataclass
 class Options:
     """List the public weights, or download some of them."""

@@ -80,6 +80,7 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
         f"{options.run_dir}"
     )
     if options.run.validate_teacher and teacher is not None:
+        # What distils features may have other classes, but not what is scored.
         run.classes.order("the teacher", teacher.num_classes, teacher.class_names)
         logger.say(
             f"teacher: val mIoU {validate(teacher, run, state.epoch, logger, 'teacher'):.2%}"

@@ -72,6 +72,11 @@ class Grid(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     presets: dict[str, dict[str, Any]] = {}
     scenes: dict[str, Any] | None = None
 
+    @property
+    def teachers(self) -> set[str]:
+        """The names of the rows that teach."""
+        return {row.teacher for row in self.rows if row.teacher}
+
     def __post_init__(self) -> None:
         """Raise ValueError for names that stand for nothing, or for two rows."""
         if not self.seeds:

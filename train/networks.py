@@ -7,7 +7,7 @@ from errors import UserError
 from files import OUTPUTS, ROOT
 from models import SegmentationModel, create_model, load_model, start_from
 from models.layouts import IMAGENET
-from models.zoo import ZOO
+from models.zoo import download_advice
 from train import distributed
 from train.flags import DistillationOptions, RecipeOptions, StudentOptions
 
@@ -17,10 +17,9 @@ def pretrained_path(model: str) -> Path:
     name = model.replace("segformer", "mit")  # as the encoder's authors call it
     path = ROOT / "ckpt_pretrained" / f"{name}.pth"
     if not path.is_file():
-        download = f"python -m models.zoo download {name}, or " if name in ZOO else ""
         raise UserError(
-            f"no ImageNet weights at {path}; {download}start without them (a teacher by "
-            "--from-scratch)"
+            f"no ImageNet weights at {path}; {download_advice(name)}start without them (a teacher "
+            "by --from-scratch)"
         )
     return path
 
@@ -37,13 +36,12 @@ def teacher_path(options: DistillationOptions, dataset: str) -> Path:
     suffix = "th" if model.startswith("pvt") else "pth"  # as released
     name = f"{model.replace('_', '')}_teacher_{dataset.lower()}"
     released = OUTPUTS / f"{name}.{suffix}"
-    download = f"python -m models.zoo download {name}, or " if name in ZOO else ""
     for path in (trained, released):
         if path.is_file():
             return path
     raise UserError(
         f"no teacher: neither {trained}, which train/teacher.py writes, nor {released}; "
-        f"{download}--teacher-weights FILE or a name of the hub, "
+        f"{download_advice(name)}--teacher-weights FILE or a name of the hub, "
         "nvidia/segformer-b2-finetuned-cityscapes-1024-1024"
     )
 

@@ -157,11 +157,8 @@ def claim_folder(options: TrainingOptions) -> FileLock:
             "--output-dir"
         )
     if options.run.resume is None:
-        for name in (
-            "metrics.jsonl",
-            "eval.json",
-            "done.json",
-        ):  # of a run whose checkpoints were removed
+        # Of a run whose checkpoints were removed.
+        for name in ("metrics.jsonl", "eval.json", "done.json"):
             (folder / name).unlink(missing_ok=True)
     return lock
 

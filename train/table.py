@@ -94,10 +94,12 @@ def plan_runs(grid: Grid, datadir: Path, output: Path, options: Options) -> list
     for row in reversed(grid.rows):
         if row.name in wanted and row.teacher:
             wanted.add(row.teacher)
-    teachers = {row.teacher for row in grid.rows}
     runs: dict[str, list[TableRun]] = {}
     for row in grid.rows:
-        if options.teacher_weights and row.name in teachers:
+        # Rows that are not asked for count for equal compute.
+        if row.name not in wanted and grid.equal != "compute":
+            continue
+        if options.teacher_weights and row.name in grid.teachers:
             row.script, row.weights = "", str(options.teacher_weights)
         seeds = row.seeds or options.seeds or grid.seeds
         taught_by = runs.get(row.teacher, [])
@@ -114,9 +116,10 @@ def plan_runs(grid: Grid, datadir: Path, output: Path, options: Options) -> list
         runs[row.name] = own
     if unknown := wanted - runs.keys():
         raise UserError(f"no row is called {', '.join(sorted(unknown))}")
-    # Also by rows that are not asked for now. Teachers keep their schedule.
+    # Teachers keep their schedule.
     if grid.equal == "compute":
-        stretch_to_equal_compute([run for name in runs.keys() - teachers for run in runs[name]])
+        students = runs.keys() - grid.teachers
+        stretch_to_equal_compute([run for name in students for run in runs[name]])
     return [run for name, row in runs.items() if name in wanted for run in row]
 
 
@@ -206,14 +209,13 @@ def tabulate(grid: Grid, runs: Sequence[TableRun], folder: Path) -> str:
             scores[run.row.name][run.seed] = 100 * result["mean_iou"]
     lines, records = [], []
     lengths = set()
-    teachers = {row.teacher for row in grid.rows}
     for row in [row for row in grid.rows if row.name in scores]:
         own = [run for run in runs if run.row is row]
         values, alone = scores[row.name], scores.get(row.baseline, {})
         gains = [value - alone[seed] for seed, value in values.items() if seed in alone]
         cost = own[0].cost
         steps, seconds = own[0].measured()
-        if steps and row.name not in teachers:
+        if steps and row.name not in grid.teachers:
             lengths.add(steps)
         records.append(
             {
@@ -273,7 +275,6 @@ def main(options: Options) -> None:
     for command in draw:
         if code := subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
             sys.exit(code)  # it has said why
-    output.mkdir(parents=True, exist_ok=True)
     if options.slurm is not None:
         submit([run for run in runs if not run.is_done], output, options.slurm)
     else:
