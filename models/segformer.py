@@ -25,13 +25,30 @@ CONFIGS = {
 
 
 def resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """(B, C, h, w) -> (B, C, *size), bilinear."""
-    if x.is_cuda and x.element_size() == 2 and not torch.compiler.is_compiling():
-        # CUDA adds this resize's gradients up in the map's own type: with 256 terms to a value, as
-        # from stage 4 to stage 1, bf16 would be 2 % off. Compiled, they add up in float32.
-        wide = F.interpolate(x.float(), size, mode="bilinear", align_corners=False)
-        return wide.to(x.dtype)
+    """(B, C, h, w) -> (B, C, *size), bilinear.
+
+    On a GPU F.interpolate adds its gradients up one by one, in an order that changes: a third of
+    the time of a step's kernels (docs/PERFORMANCE.md). As two matrix products it does not.
+    """
+    if x.is_cuda and x.requires_grad:
+        return resize_by_products(x, size)
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def resize_by_products(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The same: (H, h) · x · (w, W), as bilinear interpolation is linear in rows and columns."""
+    b, c, h, w = x.shape
+    rows, columns = interpolation_matrix(h, size[0], x), interpolation_matrix(w, size[1], x)
+    tall = torch.bmm(rows.expand(b, -1, -1), x.permute(0, 2, 3, 1).flatten(2))  # (B, H, w·C)
+    tall = tall.view(-1, w, c)  # (B·H, w, C)
+    wide = torch.bmm(columns.expand(len(tall), -1, -1), tall)  # (B·H, W, C)
+    return wide.view(b, *size, c).permute(0, 3, 1, 2)
+
+
+def interpolation_matrix(length: int, target: int, like: Tensor) -> Tensor:
+    """(target, length): times `length` values, it interpolates them to `target` values."""
+    identity = torch.eye(length, dtype=like.dtype, device=like.device)
+    return F.interpolate(identity[None], target, mode="linear", align_corners=False)[0].T
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -124,7 +141,7 @@ class AllMLPHead(nn.Module):
         bn = self.linear_fuse.bn
         device = bn.weight.device.type  # "meta", where MACs are counted, has no autocast
         # The products are tiny, and worth full precision where autocast would round them.
-        mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        mixed = device != "meta" and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if mixed else nullcontext():
             fuse = self.linear_fuse.conv.weight.flatten(1)  # (D, 4·D), stage 4 first
             bias = torch.zeros_like(bn.bias)

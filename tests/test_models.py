@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from datasets.classes import CITYSCAPES
 from models import SegmentationModel, create_model, load_model, save_model
 from models.distillation import Distiller
 from models.distillation.csf import SelectiveKernelFusion
-from models.segformer import MMSegSegFormer
+from models.segformer import MMSegSegFormer, resize_by_products
 
 IMAGES = torch.rand((3, 3, 64, 96), generator=torch.Generator().manual_seed(0))
 OF_FOUR_CLASSES = [create_model(name, 4) for name in ("segformer_b0", "pvt_v2_b0", "lvt")]
@@ -38,6 +39,17 @@ def test_a_batch_without_labels_costs_nothing() -> None:
     loss.backward()
     assert loss.item() == 0
     assert all(torch.isfinite(p.grad).all() for p in distiller.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("size", [(16, 32), (7, 9)])
+def test_resizing_by_products_is_resizing(size: tuple[int, int]) -> None:
+    """What a GPU trains with, in values and gradients."""
+    x = torch.rand(2, 3, 2, 4, dtype=torch.double, requires_grad=True)
+    ours, plain = resize_by_products(x, size), F.interpolate(x, size, mode="bilinear")
+    torch.testing.assert_close(ours, plain)
+    gradient = torch.rand_like(plain)
+    gradients = [torch.autograd.grad(result, x, gradient) for result in (ours, plain)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_all_processes_take_the_same_squeeze() -> None:
