@@ -25,7 +25,9 @@ bench: .venv/dev
 gpu:
 	test ! -d wheels || $(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade \
 	    --target wheels/installed wheels/*.whl
-	PYTHONPATH=wheels/installed:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu --json outputs/gpu/gpu.json
+	export PYTHONPATH=wheels/installed:$$PYTHONPATH; \
+	$(PYTHON) -m pytest -m gpu -n 4 tests/test_gpu.py && \
+	    $(PYTHON) -m benchmarks --device cuda --json outputs/gpu.json
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'

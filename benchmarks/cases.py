@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,58 +26,83 @@ ORIGINAL = "the original's way"
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Height of the network's input, height of photographs and label maps (twice as wide), batch,
-    and how often a training step is repeated."""
+class Setup:
+    """Where, at which setup and how often.
 
+    Attributes:
+        height: of the network's input; it and photographs are twice as wide as high.
+        pixels: the height of photographs and label maps.
+        steps: of training: method, batch size, and the mode in which ours is compiled.
+        evaluations: batch size, and the mode in which both sides are compiled.
+        rounds, calls: how often each side has its turn, and how many calls it makes then.
+    """
+
+    device: str = "cpu"
     height: int = 512
     pixels: int = 1024
-    batch: int = 2
-    repeats: int = 3
+    steps: tuple[tuple[str, int, str | None], ...] = tuple((name, 2, None) for name in PUBLISHED)
+    evaluations: tuple[tuple[int, str | None], ...] = ((1, None),)
+    rounds: int = 3
+    calls: int = 1
 
 
-FULL = Sizes()
-QUICK = Sizes(height=64, pixels=128, repeats=1)
+CPU = Setup()
+QUICK: dict[str, Any] = {"height": 64, "pixels": 128, "rounds": 1}
+GRAPHS = "reduce-overhead"  # CUDA graphs
+GPU = Setup(
+    device="cuda",
+    steps=(
+        ("TransKDBase", 8, GRAPHS),
+        ("TransKDBase", 8, "default"),
+        ("TransKDBase", 8, None),
+        ("TransKD_GL", 8, GRAPHS),
+        ("TransKD_EA", 8, GRAPHS),
+        ("TransKDBase", 2, GRAPHS),
+        ("TransKDBase", 16, GRAPHS),
+    ),
+    evaluations=((16, None), (16, GRAPHS), (1, GRAPHS)),
+    calls=10,
+)
 
 
 class Step:
     """A method's training step on random images, ours or the original's way.
 
-    A call makes one and returns its losses.
+    Ours runs in bf16 on a GPU, compiled in `mode` if there is one. A call makes a step and returns
+    its losses.
     """
 
     def __init__(
-        self,
-        method: str,
-        original: bool,
-        sizes: Sizes,
-        device: str = "cpu",
-        precision: torch.dtype | None = None,
-        compile_mode: str | None = None,
+        self, method: str, original: bool, setup: Setup, batch: int = 2, mode: str | None = None
     ) -> None:
+        on_gpu = setup.device != "cpu"
         torch.manual_seed(0)
         student, teacher = create_model("segformer_b0"), create_model("segformer_b2").eval()
         weights = CITYSCAPES.weights
         distiller = METHODS[PUBLISHED[method]].build(student, teacher.channels, weights)
         self.original = original
-        self.precision = precision
-        self.has_graphs = compile_mode not in (None, "default")
+        self.precision = torch.bfloat16 if on_gpu and not original else None
+        self.has_graphs = mode == GRAPHS
         if original:
             published.slowed(student)
             published.slowed(teacher)
         else:
-            cli.find_device(device)  # which also makes the process keep its memory
+            cli.find_device(setup.device)  # which also makes the process keep its memory
             teacher.requires_grad_(False)
             teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.distiller, self.teacher = distiller.to(device).train(), teacher.to(device)
-        if compile_mode is not None:
+        if on_gpu:
+            torch.backends.cudnn.benchmark = True
+            if not original:  # as in train/setup.py
+                torch.set_float32_matmul_precision("high")
+        self.distiller, self.teacher = distiller.to(setup.device).train(), teacher.to(setup.device)
+        if mode is not None:
             for module in (distiller, teacher):
-                module.compile(dynamic=False, mode=compile_mode)
+                module.compile(dynamic=False, mode=mode)
         self.optimizer = AdamW(distiller.parameters(), lr=6e-5, fused=not original)
-        h, w = sizes.height, 2 * sizes.height
-        self.images = torch.rand(sizes.batch, 3, h, w).to(device)
-        labels = torch.randint(0, CITYSCAPES.num_outputs, (sizes.batch, h // 4, w // 4))
-        self.labels = labels.to(torch.uint8).to(device)
+        h, w = setup.height, 2 * setup.height
+        self.images = torch.rand(batch, 3, h, w).to(setup.device)
+        labels = torch.randint(0, CITYSCAPES.num_outputs, (batch, h // 4, w // 4))
+        self.labels = labels.to(torch.uint8).to(setup.device)
 
     def __call__(self) -> dict[str, Tensor]:
         if self.original:
@@ -94,18 +121,32 @@ class Step:
         return losses
 
 
-def training(sizes: Sizes) -> Iterator[Row]:
-    """A training step of each method, in time and memory."""
-    for method in PUBLISHED:
-        name = f"{method}: training step, batch {sizes.batch}, {sizes.height}×{2 * sizes.height}"
-        ours, theirs = (partial(Step, method, original, sizes) for original in (False, True))
-        times, peaks = apart(ours, theirs, sizes.repeats)
-        yield Row(name, ORIGINAL, "time", *times, 4)
+def training(setup: Setup) -> Iterator[Row]:
+    """Training steps, in time and memory."""
+    for method, batch, mode in setup.steps:
+        name = f"{method}: training step, batch {batch}, {setup.height}×{2 * setup.height}"
+        if mode is not None:
+            name += f", compiled ({mode})"
+        ours = partial(Step, method, False, setup, batch, mode)
+        theirs = partial(Step, method, True, setup, batch)
+        try:
+            times, peaks = apart(ours, theirs, setup.device, setup.rounds, setup.calls)
+        except torch.OutOfMemoryError:
+            yield Row(name, ORIGINAL, note="out of memory")
+            continue
+        note = f"{batch / median(times[0]):.3g} images/s"
+        yield Row(name, ORIGINAL, "time", *times, 4 if batch == 2 else 6, note)
         yield Row(name, ORIGINAL, "memory", *peaks, 0.4)
 
 
-def prediction(model: nn.Module, images: Tensor) -> Action:
-    """A call returns the logits."""
+def prediction(peer: bool, setup: Setup, batch: int, mode: str | None) -> Action:
+    """A call returns the logits, of ours or of Hugging Face's network."""
+    student = create_model("segformer_b0").eval()
+    model = published.huggingface_segformer(student) if peer else student
+    model.to(setup.device)
+    if mode is not None:
+        model.compile(dynamic=False, mode=mode)
+    images = torch.rand(batch, 3, setup.height, 2 * setup.height).to(setup.device)
 
     @torch.inference_mode()
     def run() -> Tensor:
@@ -114,30 +155,31 @@ def prediction(model: nn.Module, images: Tensor) -> Action:
     return run
 
 
-def evaluation(sizes: Sizes) -> Iterator[Row]:
-    """The student's forward pass, one image."""
-    name = f"SegFormer-B0: evaluation, {sizes.height}×{2 * sizes.height}"
-    ours = create_model("segformer_b0").eval()
-    images = torch.rand(1, 3, sizes.height, 2 * sizes.height)
-    theirs = published.huggingface_segformer(ours)
-    actions = prediction(ours, images), prediction(theirs, images)
-    times = in_turn(*actions, 3 * sizes.repeats)
-    yield Row(name, "Hugging Face, SDPA", "time", *times, 2.5)
+def evaluation(setup: Setup) -> Iterator[Row]:
+    """The student's forward pass."""
+    for batch, mode in setup.evaluations:
+        name = f"SegFormer-B0: evaluation, batch {batch}, {setup.height}×{2 * setup.height}"
+        if mode is not None:
+            name += f", both compiled ({mode})"
+        ours, theirs = (partial(prediction, peer, setup, batch, mode) for peer in (False, True))
+        times, _ = apart(ours, theirs, setup.device, 3 * setup.rounds, setup.calls)
+        note = f"{batch / median(times[0]):.3g} images/s"
+        yield Row(name, "Hugging Face, SDPA", "time", *times, 2.5, note)
 
 
-def drawn_scenes(folder: Path, sizes: Sizes, count: int = 3) -> SceneDataset:
+def drawn_scenes(folder: Path, setup: Setup, count: int = 3) -> SceneDataset:
     """A validation split of synthetic photographs with labels, read through a new cache."""
-    size = {"height": sizes.pixels, "width": 2 * sizes.pixels}
+    size = {"height": setup.pixels, "width": 2 * setup.pixels}
     data = write_dataset(folder / "data", train=0, val=count, **size)
-    scenes = open_split("cityscapes", data, "val", height=sizes.height)
+    scenes = open_split("cityscapes", data, "val", height=setup.height)
     use_cache(scenes, folder / "cache")
     return scenes
 
 
-def sample(sizes: Sizes) -> Iterator[Row]:
+def sample(setup: Setup) -> Iterator[Row]:
     """Image and label, ready for a batch."""
     with tempfile.TemporaryDirectory() as folder:
-        scenes = drawn_scenes(Path(folder), sizes)
+        scenes = drawn_scenes(Path(folder), setup)
 
         def ours() -> None:
             for index in range(len(scenes)):
@@ -146,10 +188,10 @@ def sample(sizes: Sizes) -> Iterator[Row]:
         def theirs() -> None:
             for sample in scenes.samples:
                 assert sample.label is not None
-                published.read_sample(sample.image, sample.label, sizes.height, CITYSCAPES.ignore)
+                published.read_sample(sample.image, sample.label, setup.height, CITYSCAPES.ignore)
 
-        times = in_turn(ours, theirs, 3 * sizes.repeats)
-    name = f"{len(scenes)} samples of {sizes.pixels}×{2 * sizes.pixels} from a warm cache"
+        times = in_turn(ours, theirs, 3 * setup.rounds)
+    name = f"{len(scenes)} samples of {setup.pixels}×{2 * setup.pixels} from a warm cache"
     yield Row(name, "decoding the PNG", "time", *times, 50)
 
 
@@ -163,31 +205,31 @@ def label_maps(pixels: int) -> tuple[Tensor, Tensor]:
     return torch.where(noise < outputs, noise, truth), truth
 
 
-def count(sizes: Sizes, original: bool) -> Action:
+def count(setup: Setup, original: bool) -> Action:
     """A call counts one image."""
-    predicted, truth = label_maps(sizes.pixels)
+    predicted, truth = label_maps(setup.pixels)
     if original:
         whole = truth.long()  # so does the published loader
         return partial(published.one_hot_counts, predicted, whole, CITYSCAPES.num_outputs)
     return partial(confusion_matrix, predicted, truth, CITYSCAPES.num_outputs)
 
 
-def confusion(sizes: Sizes) -> Iterator[Row]:
+def confusion(setup: Setup) -> Iterator[Row]:
     """Counts for the metric."""
-    name = f"confusion matrix, {sizes.pixels}×{2 * sizes.pixels}"
-    ours, theirs = (partial(count, sizes, original) for original in (False, True))
-    times, peaks = apart(ours, theirs, 5 * sizes.repeats)
+    name = f"confusion matrix, {setup.pixels}×{2 * setup.pixels}"
+    ours, theirs = (partial(count, setup, original) for original in (False, True))
+    times, peaks = apart(ours, theirs, "cpu", 5 * setup.rounds)
     yield Row(name, "one-hot maps", "time", *times, 20)
     yield Row(name, "one-hot maps", "memory", *peaks, 0.1)
 
 
-def colour(sizes: Sizes) -> Iterator[Row]:
+def colour(setup: Setup) -> Iterator[Row]:
     """Label map to picture."""
-    labels = label_maps(sizes.pixels)[1][0].numpy()
+    labels = label_maps(setup.pixels)[1][0].numpy()
     palette = CITYSCAPES.palette.tolist()
     theirs = partial(published.colour_by_loop, labels, palette)
-    times = in_turn(partial(colorize, labels, CITYSCAPES), theirs, 5 * sizes.repeats)
-    name = f"colour, {sizes.pixels}×{2 * sizes.pixels}"
+    times = in_turn(partial(colorize, labels, CITYSCAPES), theirs, 5 * setup.rounds)
+    name = f"colour, {setup.pixels}×{2 * setup.pixels}"
     yield Row(name, "a loop over classes", "time", *times, 10)
 
 

@@ -95,64 +95,34 @@ def in_turn(ours: Action, theirs: Action, repeats: int) -> tuple[list[float], li
     return times[0][1:], times[1][1:]
 
 
-def seconds(action: Action, device: str, warmup: int, repeats: int) -> list[float]:
-    """Seconds of every call; a GPU measures itself, from the end of a call to that of the next."""
-    for _ in range(warmup):
-        action()
-    if device == "cpu":
-        clocks = [time.perf_counter()]
-        for _ in range(repeats):
-            action()
-            clocks.append(time.perf_counter())
-        return [after - before for before, after in pairwise(clocks)]
-    # The host doesn't wait between the calls, as it doesn't in training.
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    torch.cuda.synchronize()
-    events[0].record()
-    for event in events[1:]:
-        action()
-        event.record()
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) / 1000 for before, after in pairwise(events)]
-
-
-def peak_memory(action: Action, device: str) -> list[float]:
-    """The most bytes that calls after the warm-up take from the GPU.
-
-    What is reserved, not what is allocated: the memory of a CUDA graph counts as free between its
-    replays, and nobody else can have it.
-    """
-    if device == "cpu":
-        return []
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):
-        action()
-    return [float(torch.cuda.max_memory_reserved())]
-
-
 def apart(
-    ours: Callable[[], Action], theirs: Callable[[], Action], repeats: int
+    ours: Callable[[], Action],
+    theirs: Callable[[], Action],
+    device: str,
+    rounds: int,
+    calls: int = 1,
 ) -> tuple[tuple[list[float], list[float]], tuple[list[float], list[float]]]:
-    """As `in_turn`, with each side built in a process of its own, where it is called.
+    """Each side in a process of its own, where it is built, in turn; one round doesn't count.
 
     Returns:
-        Seconds of both; and bytes by which the resident memory of each rose from before it was
-        built to its peak (nothing anywhere but on Linux).
+        Seconds of every call of both; and the most bytes that each took: of the GPU's memory, or
+        by which its resident memory rose since before it was built (on Linux alone).
     """
     threads = torch.get_num_threads()
     context = get_context("spawn")
+    times: tuple[list[float], list[float]] = ([], [])
     with (
         ProcessPoolExecutor(1, context, _build, (ours, threads)) as our_process,
         ProcessPoolExecutor(1, context, _build, (theirs, threads)) as their_process,
     ):
-        times = in_turn(
-            lambda: our_process.submit(_call).result(),
-            lambda: their_process.submit(_call).result(),
-            repeats,
-        )
-        peaks = our_process.submit(_growth).result(), their_process.submit(_growth).result()
-    return times, peaks
+        processes = our_process, their_process
+        for process in processes:
+            process.submit(_seconds, device, calls).result()
+        for _ in range(rounds):
+            for process, taken in zip(processes, times, strict=True):
+                taken += process.submit(_seconds, device, calls).result()
+        our_peak, their_peak = (process.submit(_peak, device).result() for process in processes)
+    return times, (our_peak, their_peak)
 
 
 _action: Action  # of a process of `apart`
@@ -166,11 +136,32 @@ def _build(build: Callable[[], Action], threads: int) -> None:
     _action = build()
 
 
-def _call() -> None:
-    _action()  # what it returns stays here
+def _seconds(device: str, calls: int) -> list[float]:
+    """Of every call; a GPU measures itself, from the end of a call to that of the next."""
+    if device == "cpu":
+        clocks = [time.perf_counter()]
+        for _ in range(calls):
+            _action()
+            clocks.append(time.perf_counter())
+        return [after - before for before, after in pairwise(clocks)]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()  # compiling took memory too
+    # The host doesn't wait between the calls, as it doesn't in training.
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        _action()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1000 for before, after in pairwise(events)]
 
 
-def _growth() -> list[float]:
+def _peak(device: str) -> list[float]:
+    if device != "cpu":
+        # What is reserved, not what is allocated: the memory of a CUDA graph counts as free between
+        # its replays, and nobody else can have it.
+        return [float(torch.cuda.max_memory_reserved())]
     peaks = resident_bytes("VmHWM")
     return [peak - before for peak, before in zip(peaks, _before, strict=True)]
 

@@ -4,14 +4,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, published
-from benchmarks.cases import QUICK, Step, drawn_scenes, label_maps
+from benchmarks import published
+from benchmarks.__main__ import Options, main
+from benchmarks.cases import CPU, QUICK, Step, drawn_scenes, label_maps, training
 from datasets.classes import CITYSCAPES
 from eval.metrics import confusion_matrix
 from eval.rendering import colorize
@@ -24,7 +24,8 @@ from tests.golden_data import build, golden_input, golden_labels, load, seed, wi
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_the_original_s_steps_have_the_same_losses(method: str) -> None:
     """Two, so that the first one's gradients and update are compared as well."""
-    ours, theirs = (Step(method, original, QUICK) for original in (False, True))
+    small = replace(CPU, **QUICK)
+    ours, theirs = (Step(method, original, small) for original in (False, True))
     theirs.images, theirs.labels = ours.images, ours.labels
     losses = []
     for step in (ours, theirs):
@@ -70,9 +71,9 @@ def test_outputs_counts_colours_and_samples_are_the_same(tmp_path: Path) -> None
     assert colorize(labels, CITYSCAPES).tobytes() == loop.tobytes()
     assert len(np.unique(labels)) == 20
 
-    scenes = drawn_scenes(tmp_path, QUICK, count=1)
+    scenes = drawn_scenes(tmp_path, replace(CPU, **QUICK), count=1)
     files = scenes.samples[0]
-    image, label = published.read_sample(files.image, files.label, QUICK.height, CITYSCAPES.ignore)
+    image, label = published.read_sample(files.image, files.label, 64, CITYSCAPES.ignore)
     assert torch.equal(scenes[0].image, image) and image.shape == (3, 64, 128)
     assert torch.equal(scenes[0].label, label) and label.shape == (16, 32)
 
@@ -87,39 +88,11 @@ def test_the_table(command: Command, tmp_path: Path) -> None:
     assert done.stdout.count("confusion matrix, 128×256") == 2
 
 
-GRID = """
-[options]
-height = 64
-num-workers = 0
-device = "cpu"
-max-steps = 1
-tensorboard = false
-[evaluation]
-script = "eval/eval_cityscapes_iou.py"
-[[rows]]
-name = "student"
-script = "train/student.py"
-"""
-
-
-def test_the_gpu_s_rehearsal(scenes: Path, tmp_path: Path, capsys: Any) -> None:
-    """`make gpu`'s steps, small, on the CPU; its tests are collected by the suite anyway."""
-    file = tmp_path / "gpu.json"
-    quick = gpu.Options("cpu", quick=True, tests=False, output_dir=tmp_path / "out", json=file)
-    try:
-        gpu.main(quick)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    content = json.loads(file.read_text())
-    measured = {row["name"].split(":")[0] for row in content["rows"]}
-    assert measured == {*PUBLISHED, "SegFormer-B0"} and not content["left_out"]
-    assert any("1000 epochs of Cityscapes" in row["note"] for row in content["rows"])
-    assert "aten::" in content["profile"]
-    assert "TransKD_EA: step, batch 2, 64×128" in capsys.readouterr().out
-
-    (tmp_path / "grid.toml").write_text(GRID)
-    gpu.main(replace(quick, learn=scenes, grid=tmp_path / "grid.toml"))
-    (row,) = json.loads(file.read_text())["learned"]
-    assert row["run"] == "student-seed0" and 0 <= row["full"] <= 1
-    assert f"| student | {100 * row['paper']:.2f} | 1 of 1 |" in capsys.readouterr().out
-    assert len(list((tmp_path / "out" / "student-seed0" / "colour").rglob("*.png"))) == 4
+def test_networks_on_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both sides in a process of their own; and where the time goes."""
+    setup = replace(CPU, **QUICK, steps=(("TransKD_EA", 2, None),), calls=2)
+    time, memory = training(setup)
+    assert len(time.ours) == len(time.theirs) == 2 and memory.ratio is not None
+    assert "images/s" in time.note
+    main(Options(quick=True, profile=True))
+    assert "aten::" in capsys.readouterr().out

@@ -95,7 +95,7 @@ def test_commands(tmp_path: Path, command: Command, scenes: Path, weathers: Path
         words = line.split()[1:]
         data = weathers if "ACDC" in line.split("--weights")[0] else scenes
         words = [str(data) if word == "DIR" else word for word in words]
-        if "train.table" in words:  # test_benchmarks.py runs one
+        if "train.table" in words:  # test_table.py runs some
             words.append("--dry-run")
         elif "train/" in line:
             words += SMALL
@@ -131,7 +131,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`make demo`, at a size that says nothing about quality."""
     plan = ["make", "-n", "demo", "test", "lint", "bench", "gpu"]
     planned = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "-m demo" in planned and "pytest" in planned and "benchmarks.gpu" in planned
+    assert "-m demo" in planned and "pytest" in planned and "--device cuda" in planned
     size = {"scenes": 4, "subset_every": 2, "val": 2, "height": 64}
     demo.main(demo.Options(output_dir=tmp_path, **size, teacher_epochs=1, student_epochs=1))
     page = (tmp_path / "report.html").read_text()
