@@ -27,7 +27,7 @@ ORIGINAL = "the original's way"
 
 @dataclass(frozen=True)
 class Setup:
-    """Where, at which setup and how often.
+    """Where, at which sizes and how often.
 
     Attributes:
         height: of the network's input; it and photographs are twice as wide as high.

@@ -117,16 +117,19 @@ def find_targets(options: Options) -> dict[Path, dict[str, Path]]:
         else:
             magic = [i for i, part in enumerate(path.parts) if glob.has_magic(part)]
             base = Path(*path.parts[: magic[0]]) if magic else path
-            files = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
+            found = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
+            files = sorted(filter(Path.is_file, found))
+        known = [file for file in files if file.suffix.lower() in PHOTOGRAPHS + VIDEOS]
         matched = {
             file: target_paths(options, file.relative_to(base))
-            for file in files
-            if file.suffix.lower() in PHOTOGRAPHS + VIDEOS
-            and written.isdisjoint(file.resolve().parents)
+            for file in known
+            if written.isdisjoint(file.resolve().parents)
         }
         if not matched:
             kinds = ", ".join(PHOTOGRAPHS + VIDEOS)
             raise UserError(f"no photograph or video at {given!r} (their names end in {kinds})")
+        if others := len(files) - len(known):
+            log.warning("%s: %d files are no photographs or videos by their names", path, others)
         targets |= {file: paths for file, paths in matched.items() if file not in targets}
     counts = Counter(path for paths in targets.values() for path in paths.values())
     path, count = counts.most_common(1)[0]

@@ -47,8 +47,10 @@ def resize_by_products(x: Tensor, size: tuple[int, ...]) -> Tensor:
 
 def interpolation_matrix(length: int, target: int, like: Tensor) -> Tensor:
     """(target, length): times `length` values, it interpolates them to `target` values."""
-    identity = torch.eye(length, dtype=like.dtype, device=like.device)
-    return F.interpolate(identity[None], target, mode="linear", align_corners=False)[0].T
+    wide = torch.promote_types(like.dtype, torch.float32)
+    identity = torch.eye(length, dtype=wide, device=like.device)
+    matrix = F.interpolate(identity[None], target, mode="linear", align_corners=False)[0].T
+    return matrix.to(like.dtype)
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -132,18 +132,20 @@ def test_a_folder(weights, photographs, tmp_path) -> None:
             assert (np.asarray(colours) == CITYSCAPES.palette[labels]).all()
 
 
-def test_folders_as_they_are(weights, photographs, tmp_path, monkeypatch) -> None:
+def test_folders_as_they_are(weights, photographs, tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "a folder"
     folder.mkdir()
     (folder / "linked").symlink_to(photographs / "sub")
     (folder / "straße.png").symlink_to(photographs / "a.png")
     (folder / "._straße.png").write_bytes(b"AppleDouble")
+    (folder / "IMG.HEIC").touch()
     for inputs in ("~/a folder", str(folder / "**" / "*")):
         for kind in ("color", "label_ids"):
             main(Options((inputs,), weights, Path("~/a folder/out"), kinds=(kind,)))
             made = names(folder / "out" / kind)
             assert made == {"linked/b.png", "linked/c.png", "straße.png"}
+            assert "1 files are no photographs or videos" in caplog.messages.pop()
 
 
 def test_what_the_page_shows(weights, photographs) -> None:
