@@ -26,8 +26,8 @@ gpu:
 	test ! -d wheels || $(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade \
 	    --target wheels/installed wheels/*.whl
 	export PYTHONPATH=wheels/installed:$$PYTHONPATH; \
-	$(PYTHON) -m pytest -m gpu -n 4 tests/test_gpu.py && \
-	    $(PYTHON) -m benchmarks --device cuda --json outputs/gpu.json
+	$(PYTHON) -m pytest -m gpu -n 4 tests/test_gpu.py; tests=$$?; \
+	$(PYTHON) -m benchmarks --device cuda --json outputs/gpu.json && exit $$tests
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'

@@ -48,6 +48,8 @@ def profile(setup: Setup) -> str:
     step = Step(method, False, setup, batch, mode)
     for _ in range(4):
         step()
+    if setup.device != "cpu":
+        torch.cuda.synchronize()  # the warm-up's kernels are over
     with torch.profiler.profile() as profiler:
         step()
     key = "self_cpu_time_total" if setup.device == "cpu" else "self_device_time_total"

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from multiprocessing import get_context
@@ -106,23 +107,25 @@ def apart(
 
     Returns:
         Seconds of every call of both; and the most bytes that each took: of the GPU's memory, or
-        by which its resident memory rose since before it was built (on Linux alone).
+        by which its resident memory rose since before it was built (on Linux alone). Nothing of a
+        side for which the GPU has too little memory.
     """
     threads = torch.get_num_threads()
     context = get_context("spawn")
     times: tuple[list[float], list[float]] = ([], [])
-    with (
-        ProcessPoolExecutor(1, context, _build, (ours, threads)) as our_process,
-        ProcessPoolExecutor(1, context, _build, (theirs, threads)) as their_process,
-    ):
-        processes = our_process, their_process
-        for process in processes:
-            process.submit(_seconds, device, calls).result()
+    peaks: tuple[list[float], list[float]] = ([], [])
+    with ProcessPoolExecutor(1, context) as our_process, ProcessPoolExecutor(1, context) as other:
+        sides = []
+        for index, (process, build) in enumerate(((our_process, ours), (other, theirs))):
+            with suppress(torch.OutOfMemoryError):
+                process.submit(_build, build, threads).result()
+                process.submit(_measure, device, calls).result()
+                sides.append((process, times[index], peaks[index]))
         for _ in range(rounds):
-            for process, taken in zip(processes, times, strict=True):
-                taken += process.submit(_seconds, device, calls).result()
-        our_peak, their_peak = (process.submit(_peak, device).result() for process in processes)
-    return times, (our_peak, their_peak)
+            for process, taken, peak in sides:
+                seconds, peak[:] = process.submit(_measure, device, calls).result()
+                taken += seconds
+    return times, peaks
 
 
 _action: Action  # of a process of `apart`
@@ -136,15 +139,19 @@ def _build(build: Callable[[], Action], threads: int) -> None:
     _action = build()
 
 
-def _seconds(device: str, calls: int) -> list[float]:
-    """Of every call; a GPU measures itself, from the end of a call to that of the next."""
+def _measure(device: str, calls: int) -> tuple[list[float], list[float]]:
+    """Seconds of every call, and the peak of memory, as `apart` returns them.
+
+    A GPU measures itself, from the end of a call to that of the next.
+    """
     if device == "cpu":
         clocks = [time.perf_counter()]
         for _ in range(calls):
             _action()
             clocks.append(time.perf_counter())
-        return [after - before for before, after in pairwise(clocks)]
-    torch.cuda.empty_cache()
+        highest = resident_bytes("VmHWM")
+        grown = [after - before for before, after in zip(_before, highest, strict=True)]
+        return [after - before for before, after in pairwise(clocks)], grown
     torch.cuda.reset_peak_memory_stats()  # compiling took memory too
     # The host doesn't wait between the calls, as it doesn't in training.
     events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
@@ -154,16 +161,12 @@ def _seconds(device: str, calls: int) -> list[float]:
         _action()
         event.record()
     torch.cuda.synchronize()
-    return [before.elapsed_time(after) / 1000 for before, after in pairwise(events)]
-
-
-def _peak(device: str) -> list[float]:
-    if device != "cpu":
-        # What is reserved, not what is allocated: the memory of a CUDA graph counts as free between
-        # its replays, and nobody else can have it.
-        return [float(torch.cuda.max_memory_reserved())]
-    peaks = resident_bytes("VmHWM")
-    return [peak - before for peak, before in zip(peaks, _before, strict=True)]
+    # What is reserved, not what is allocated: the memory of a CUDA graph counts as free between its
+    # replays, and nobody else can have it.
+    reserved = float(torch.cuda.max_memory_reserved())
+    torch.cuda.empty_cache()  # for the other process
+    taken = [before.elapsed_time(after) / 1000 for before, after in pairwise(events)]
+    return taken, [reserved]
 
 
 def resident_bytes(key: str) -> list[float]:

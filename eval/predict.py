@@ -118,7 +118,7 @@ def find_targets(options: Options) -> dict[Path, dict[str, Path]]:
             magic = [i for i, part in enumerate(path.parts) if glob.has_magic(part)]
             base = Path(*path.parts[: magic[0]]) if magic else path
             found = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
-            files = sorted(filter(Path.is_file, found))
+            files = sorted(path for path in found if not path.is_dir())
         known = [file for file in files if file.suffix.lower() in PHOTOGRAPHS + VIDEOS]
         matched = {
             file: target_paths(options, file.relative_to(base))

@@ -42,7 +42,8 @@ def resize_by_products(x: Tensor, size: tuple[int, ...]) -> Tensor:
     tall = torch.bmm(rows.expand(b, -1, -1), x.permute(0, 2, 3, 1).flatten(2))  # (B, H, w·C)
     tall = tall.view(-1, w, c)  # (B·H, w, C)
     wide = torch.bmm(columns.expand(len(tall), -1, -1), tall)  # (B·H, W, C)
-    return wide.view(b, *size, c).permute(0, 3, 1, 2)
+    # Of a view, autograd would copy the whole whenever something is added to it in place.
+    return wide.view(b, *size, c).permute(0, 3, 1, 2).clone()
 
 
 def interpolation_matrix(length: int, target: int, like: Tensor) -> Tensor:
@@ -110,7 +111,8 @@ class AllMLPHead(nn.Module):
         maps = []
         for projection, feature in zip(projections, features, strict=True):
             projected = to_map(projection.proj(to_tokens(feature)), *feature.shape[-2:])
-            maps.append(resize(projected, size))  # (B, D, h_1, w_1)
+            resized = F.interpolate(projected, size, mode="bilinear", align_corners=False)
+            maps.append(resized)  # (B, D, h_1, w_1)
         fused = self.linear_fuse(torch.cat(maps[::-1], dim=1))  # stage 4 comes first
         return self.classifier(self.dropout(fused))
 
