@@ -16,14 +16,9 @@ from typing import Any
 
 import cli  # isort: skip  # before torch
 
-import numpy as np
-from PIL import Image
-
-from datasets import open_split
 from demo.scenes import WEATHERS, write_dataset
 from errors import UserError
 from eval.commands import ColorOptions, IoUOptions, render, score
-from eval.rendering import colorize, side_by_side
 from eval.report import write_report
 from files import OUTPUTS, ROOT, read_json
 
@@ -40,7 +35,7 @@ teacher that has seen only what the student sees has little to add.
 On the {val} validation scenes the distilled student reaches {distilled:.1f} % mIoU, the student
 alone {alone:.1f} %, the teacher {teacher:.1f} % (classes that occur, quarter-size maps, last
 weights). In weather that no training has seen, it differs from the student alone by {gains} points.
-The pictures are of evenly spaced validation scenes. Everything here was made by "make demo"."""
+Everything here was made by "make demo"."""
 BATCH_SIZE = 8
 LEARNING_RATE = 6e-4  # ten times the paper's: the schedule is a hundred times shorter
 PICTURES = 6  # validation scenes on the page
@@ -110,7 +105,7 @@ def main(options: Options) -> None:
         ),
         runs=runs,
         evaluations=scores,
-        pictures=comparisons(data, runs),
+        spaced=PICTURES,
     )
     for name, value in miou.items():
         print(f"{name:14} {value:5.1f} % mIoU")
@@ -154,20 +149,6 @@ def evaluate(weights: Path, data: Path, weathers: Path) -> dict[str, Any]:
     render("cityscapes", ColorOptions(data, weights=weights, size="full", output_dir=run / "color"))
     everything = {"all four": {"mean_iou": by_weather["mean_iou"]}}
     return (read_json(file) or {}) | {"conditions": everything | by_weather["conditions"]}
-
-
-def comparisons(data: Path, runs: dict[str, Path]) -> list[tuple[str, Image.Image]]:
-    """Image, truth and the three predictions side by side, for evenly spaced validation scenes."""
-    dataset = open_split("cityscapes", data, "val")
-    rows = []
-    for index in np.linspace(0, len(dataset) - 1, PICTURES).astype(int).tolist():
-        name = dataset.samples[index].name
-        photograph = dataset.photograph(index)
-        truth = colorize(dataset.full_label(index), dataset.classes)
-        panels = [("image", photograph), ("truth", truth)]
-        panels += [(run, Image.open(folder / "color" / name)) for run, folder in runs.items()]
-        rows.append((Path(name).stem, side_by_side(panels, height=3 * photograph.height // 2)))
-    return rows
 
 
 if __name__ == "__main__":

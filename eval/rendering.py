@@ -1,6 +1,7 @@
 """Label maps as pictures: palette, overlay on the photograph, legend, captioned side by side."""
 
 from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -72,29 +73,17 @@ def legend(classes: Classes, width: int, present: Iterable[int]) -> Image.Image:
     return strip
 
 
-def side_by_side(
-    pictures: Sequence[tuple[str, Image.Image]], height: int | None = None
-) -> Image.Image:
-    """Captioned RGB pictures in a row, scaled to one `height` (default: the highest picture's)."""
+def side_by_side(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Captioned RGB pictures of one size in a row."""
     font = ImageFont.load_default(16)
     caption = 28
     gap = 8
-    height = height or max(picture.height for _, picture in pictures)
-    scaled = []
-    for _, picture in pictures:
-        # A label map that grows must not get colours between two classes.
-        growing = picture.height < height
-        method = Image.Resampling.NEAREST if growing else Image.Resampling.LANCZOS
-        width = max(1, round(picture.width * height / picture.height))
-        scaled.append(picture.resize((width, height), method))
-    total = sum(picture.width for picture in scaled) + gap * (len(scaled) - 1)
-    row = Image.new("RGB", (total, caption + height), PAPER)
+    width, height = pictures[0][1].size
+    row = Image.new("RGB", (len(pictures) * (width + gap) - gap, caption + height), PAPER)
     pen = ImageDraw.Draw(row)
-    x = 0
-    for (title, _), picture in zip(pictures, scaled, strict=True):
-        pen.text((x + picture.width // 2, caption // 2), title, INK, font, anchor="mm")
+    for x, (title, picture) in zip(count(0, width + gap), pictures, strict=False):
+        pen.text((x + width // 2, caption // 2), title, INK, font, anchor="mm")
         row.paste(picture, (x, caption))
-        x += picture.width + gap
     return row
 
 

@@ -22,7 +22,6 @@ import matplotlib as mpl
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from PIL import Image
 
 from datasets import open_split
 from errors import UserError
@@ -128,7 +127,7 @@ def write_report(
     introduction: str = "",
     runs: Mapping[str, Path],
     evaluations: Mapping[str, dict[str, Any]] | None = None,
-    pictures: Sequence[tuple[str, Image.Image]] = (),
+    spaced: int = 0,
     device: str = "cpu",
     plots: Path | None = None,
 ) -> Path:
@@ -136,7 +135,8 @@ def write_report(
 
     The introduction is plain text, with empty lines between paragraphs; runs are folders, by their
     names on the page; evaluations are what an IoU script's --json wrote, of a run (instead of its
-    eval.json) or not; `plots` is a folder for the curves as PNG files.
+    eval.json) or not; so many evenly `spaced` images are shown, beside the worst and the best;
+    `plots` is a folder for the curves as PNG files.
     """
     path = claim_file(path, ".html")
     evaluated = dict(evaluations or {})
@@ -152,16 +152,16 @@ def write_report(
             evaluated[name] = evaluation
     images = []
     try:
-        images = worst_and_best(evaluated, device)
+        images = choose_images(evaluated, spaced, device)
     except UserError as error:  # data or weights are gone
-        notes.append(f"Worst and best images: {error}.")
+        notes.append(f"Images: {error}.")
     names = dict.fromkeys([*runs, *evaluated])
     colors = dict(zip(names, cycle(COLORS), strict=False))
     curves = draw_curves(loaded, colors)
     template = jinja2.Template(TEMPLATE.read_text("utf-8"), autoescape=True, trim_blocks=True)
     shown = {"runs": loaded, "evaluated": evaluated, "colors": colors, "curves": curves}
-    shown |= {"title": title, "introduction": introduction, "pictures": pictures}
-    page = template.render(shown, images=images, notes=notes, percent=percent, address=address)
+    shown |= {"title": title, "introduction": introduction, "images": images, "notes": notes}
+    page = template.render(shown, percent=percent, address=address)
     with atomic_write(path) as temporary:
         temporary.write_bytes(page.encode(errors="replace"))  # of file names that are no UTF-8
     if plots is not None:
@@ -205,10 +205,13 @@ def draw_curves(runs: Sequence[LoggedRun], colors: Mapping[str, str]) -> dict[st
     return figures
 
 
-def worst_and_best(evaluated: Mapping[str, dict[str, Any]], device: str) -> list[dict[str, Any]]:
-    """The three images of the lowest and of the highest mean IoU, averaged over the runs.
+def choose_images(
+    evaluated: Mapping[str, dict[str, Any]], spaced: int, device: str
+) -> list[dict[str, Any]]:
+    """Images with their truth and every run's prediction, each with what it is chosen for.
 
-    Raises UserError if data or weights are gone.
+    So many evenly `spaced` ones, and the three of the lowest and of the highest mean IoU, averaged
+    over the runs. Raises UserError if data or weights are gone.
     """
     scored = {name: one for name, one in evaluated.items() if "per_image" in one}
     if not scored:
@@ -225,13 +228,15 @@ def worst_and_best(evaluated: Mapping[str, dict[str, Any]], device: str) -> list
             means[index] = fmean(scores)
     ranked = sorted(means, key=lambda index: (means[index], index))
     best = ranked[3:][::-1][:3]  # the best one first, and none that is among the worst
-    kinds = dict.fromkeys(ranked[:3], "Worst") | dict.fromkeys(best, "Best")
+    even = np.linspace(0, len(data) - 1, spaced).astype(int).tolist()
+    kinds = {"Evenly spaced": even, "Worst": ranked[:3], "Best": best}
     images: list[dict[str, Any]] = []
-    for index, kind in kinds.items():
-        truth = colorize(data.full_label(index), data.classes)
-        panels = {"photograph": data.photograph(index), "truth": truth}
-        name = data.samples[index].name
-        images.append({"name": name, "kind": kind, "classes": data.classes, "panels": panels})
+    for kind, chosen in kinds.items():
+        for index in chosen:
+            truth = colorize(data.full_label(index), data.classes)
+            panels = {"photograph": data.photograph(index), "truth": truth}
+            name = data.samples[index].name
+            images.append({"name": name, "kind": kind, "classes": data.classes, "panels": panels})
     for run, one in scored.items():
         flags = {"dataset": one["dataset"], "height": one["height"], "device": device}
         predict = Predictor(one["weights"], **flags)
