@@ -1,7 +1,7 @@
 """Data sets of road scenes and others: from folders to batches of uint8 images and train ids.
 
     dataset = open_split("cityscapes", "data/cityscapes", "train", augment=Augmentation(seed=1))
-    for images, labels, indices in training_batches(dataset, batch_size=2, seed=1, epoch=1): ...
+    for images, labels, indices in training_batches(dataset, batch_size=2, seed=1, epochs=[1]): ...
 
 `layouts` knows where files lie and pairs them, `classes` what labels mean, `images` reads them,
 `scenes` resizes them, `cache` keeps them resized, `transforms` augments and `loading` batches.

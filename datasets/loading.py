@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,22 +55,12 @@ def stack(maps: Sequence[Tensor], fill: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Batches:
-    """An iterable of `Batch`; `len` is their number.
-
-    Raises UserError if an image or label can't be read, or a worker died.
-    """
+class Reader:
+    """What workers do: the batch of some keys."""
 
     dataset: SceneDataset
-    keys: list[list[Key]]
-    num_workers: int = 0
-    pin_memory: bool = False
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def read(self, keys: Sequence[Key]) -> Batch | UserError:
-        """In a worker: the batch of some keys."""
+    def __getitem__(self, keys: Sequence[Key]) -> Batch | UserError:
         try:
             items = [self.dataset[key] for key in keys]
         except UserError as error:
@@ -78,6 +68,19 @@ class Batches:
         images, labels, indices = zip(*items, strict=True)
         padded = stack(labels, self.dataset.classes.ignore)
         return Batch(stack(images, 0), padded, torch.tensor(indices))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The `Batch` of each list of keys, which are gone through once.
+
+    Raises UserError if an image or label can't be read, or a worker died.
+    """
+
+    dataset: SceneDataset
+    keys: Iterable[list[Key]]
+    num_workers: int = 0
+    pin_memory: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
         try:
@@ -102,11 +105,11 @@ class Batches:
 
     def _start(self) -> Iterator[Any]:
         """Start the workers."""
-        # Python 3.14 starts workers as new interpreters, which takes seconds an epoch.
+        # Python 3.14 starts workers as new interpreters, which takes seconds.
         context = "fork" if self.num_workers and sys.platform == "linux" else None
         loader = DataLoader[Any](
-            self.keys,  # type: ignore[arg-type]
-            collate_fn=self.read,
+            Reader(self.dataset),  # type: ignore[arg-type]
+            sampler=self.keys,
             batch_size=None,  # the keys are a batch's already
             num_workers=self.num_workers,
             multiprocessing_context=context,
@@ -136,15 +139,16 @@ def training_batches(
     *,
     batch_size: int,
     seed: int,
-    epoch: int,
+    epochs: Iterable[int],
     start: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> Batches:
-    """The batches of an epoch, augmented, from batch `start` on: every image once, in random order.
+    """The batches of epochs, augmented; of the first one from batch `start` on.
 
+    An epoch holds every image once, in random order. Workers read on from one epoch to the next.
     Images of different sizes are padded at the right and bottom, with black and ignore. With
     several processes, `batch_size` is each one's, and rank r gets its share of every global batch:
     all ranks get equally many batches, none of them empty, whose sizes differ by one image at most
@@ -154,13 +158,18 @@ def training_batches(
     """
     if len(dataset) < world_size:
         raise UserError(f"{len(dataset)} training images are too few for {world_size} processes")
-    order = np.random.default_rng((seed, epoch)).permutation(len(dataset)).tolist()
-    step = batch_size * world_size
-    cuts = list(range(0, len(order), step))
-    if len(cuts) > 1 and len(order) - cuts[-1] < world_size:
+    cuts = list(range(0, len(dataset), batch_size * world_size))
+    if len(cuts) > 1 and len(dataset) - cuts[-1] < world_size:
         cuts.pop()
-    keys: list[list[Key]] = []
-    for begin, end in zip(cuts, [*cuts[1:], len(order)], strict=True):
-        own = np.array_split(order[begin:end], world_size)[rank]
-        keys.append([(epoch, int(index)) for index in own])
-    return Batches(dataset, keys[start:], num_workers, pin_memory)
+
+    def keys() -> Iterator[list[Key]]:
+        skipped = start
+        for epoch in epochs:
+            order = np.random.default_rng((seed, epoch)).permutation(len(dataset)).tolist()
+            bounds = list(zip(cuts, [*cuts[1:], len(order)], strict=True))
+            for begin, end in bounds[skipped:]:
+                own = np.array_split(order[begin:end], world_size)[rank]
+                yield [(epoch, int(index)) for index in own]
+            skipped = 0
+
+    return Batches(dataset, keys(), num_workers, pin_memory)

@@ -188,7 +188,7 @@ def content(batches: Any) -> list[Any]:
 
 def test_epoch_holds_every_image_and_ignores_the_number_of_workers(tree: Path) -> None:
     dataset = open_tree(tree, augment=Augmentation(seed=1))
-    epoch: dict[str, Any] = {"batch_size": 2, "seed": 1, "epoch": 3}
+    epoch: dict[str, Any] = {"batch_size": 2, "seed": 1, "epochs": [3]}
     state = torch.get_rng_state()
     whole = content(training_batches(dataset, **epoch))
     assert torch.equal(state, torch.get_rng_state()), "reading must not disturb dropout"
@@ -196,8 +196,10 @@ def test_epoch_holds_every_image_and_ignores_the_number_of_workers(tree: Path) -
     assert sorted(index for indices, _, _ in whole for index in indices) == list(range(9))
     assert content(training_batches(dataset, **epoch, num_workers=2)) == whole
     assert content(training_batches(dataset, **epoch, start=3)) == whole[3:]
-    other = content(training_batches(dataset, **epoch | {"epoch": 4}))
+    other = content(training_batches(dataset, **epoch | {"epochs": [4]}))
     assert [indices for indices, _, _ in other] != [indices for indices, _, _ in whole]
+    both = training_batches(dataset, **epoch | {"epochs": [3, 4]}, start=3, num_workers=2)
+    assert content(both) == whole[3:] + other
     assert any(not torch.equal(dataset[4].image, dataset[e, 4].image) for e in range(9))
 
 
@@ -206,7 +208,7 @@ def test_epoch_holds_every_image_and_ignores_the_number_of_workers(tree: Path) -
 def test_ranks_share_every_global_batch(n: int, batch: int, world: int, start: int) -> None:
     dataset = SceneDataset([None] * n, CITYSCAPES)
     options: dict[str, Any] = {"batch_size": batch, "world_size": world}
-    epoch: dict[str, Any] = {"seed": 0, "epoch": 1}
+    epoch: dict[str, Any] = {"seed": 0, "epochs": [1]}
     if n < world:
         with pytest.raises(UserError, match="too few"):
             training_batches(dataset, **options, **epoch)
@@ -227,7 +229,7 @@ def test_mixed_sizes(tmp_path: Path) -> None:
     for i, width in enumerate((40, 40, 64, 40)):
         write_scene(tmp_path, f"town_{i}", (32, width))
     dataset = open_tree(tmp_path)
-    (batch,) = training_batches(dataset, batch_size=4, seed=0, epoch=1)
+    (batch,) = training_batches(dataset, batch_size=4, seed=0, epochs=[1])
     assert batch.images.shape == (4, 3, 32, 64) and batch.labels.shape == (4, 8, 16)
     for image, label, index in zip(*batch, strict=True):
         item, width = dataset[int(index)], dataset[int(index)].image.shape[-1]
@@ -250,7 +252,7 @@ def test_a_worker_that_fails_ends_the_run(failing, kind, says, tree, monkeypatch
     read, fail = SceneDataset.read, Mock(side_effect=failing)
     monkeypatch.setattr(SceneDataset, "read", lambda self, i: fail() if i == 3 else read(self, i))
     with pytest.raises(kind, match=says):
-        list(training_batches(open_tree(tree), batch_size=2, num_workers=2, seed=0, epoch=1))
+        list(training_batches(open_tree(tree), batch_size=2, num_workers=2, seed=0, epochs=[1]))
     assert not multiprocessing.active_children()
 
 
@@ -262,7 +264,7 @@ def test_workers_end_with_a_process_that_is_killed(tree: Path) -> None:
 
     def target() -> None:
         batches = iter(
-            training_batches(open_tree(tree), batch_size=3, num_workers=2, seed=0, epoch=1)
+            training_batches(open_tree(tree), batch_size=3, num_workers=2, seed=0, epochs=[1])
         )
         next(batches)
         its.send(len(multiprocessing.active_children()))
@@ -280,7 +282,7 @@ def test_workers_end_with_a_process_that_is_killed(tree: Path) -> None:
 def test_batches_need_neither_shared_memory_nor_files(tree: Path) -> None:
     """Containers have little of /dev/shm, and a worker that can't hand over must not hang."""
     dataset = open_tree(tree)
-    (batch,) = training_batches(dataset, batch_size=9, seed=0, epoch=1)
+    (batch,) = training_batches(dataset, batch_size=9, seed=0, epochs=[1])
     assert len(ForkingPickler.dumps(batch)) > batch.images.nbytes  # of a tensor it is a handle
 
     gc.collect()  # files that earlier tests left open would be closed within the limit
@@ -288,7 +290,7 @@ def test_batches_need_neither_shared_memory_nor_files(tree: Path) -> None:
     unused = [number for number in range(1000) if number not in used]
     refused = pytest.raises(UserError, match=r"Too many open files.*ulimit -n")
     with limited(resource.RLIMIT_NOFILE, unused[4]), refused:
-        list(training_batches(dataset, batch_size=1, num_workers=2, seed=0, epoch=1))
+        list(training_batches(dataset, batch_size=1, num_workers=2, seed=0, epochs=[1]))
 
 
 def test_class_weights_and_identity(tree: Path) -> None:

@@ -51,7 +51,7 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
     """
     options, device = run.options, run.device
     recipe, accumulate = options.recipe, options.hardware.accumulate
-    steps_per_epoch = math.ceil(len(run.batches(epoch=1)) / accumulate)
+    steps_per_epoch = math.ceil(run.batches_per_epoch / accumulate)
     plan = Plan(recipe, options.published_batch_size, len(run.train_set), steps_per_epoch)
 
     distiller.to(device)
@@ -88,9 +88,10 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
     saved = time.monotonic()
 
     signals = remember_signals()
+    epochs = run.epochs(state.epoch, state.batch)
     while state.step < total_steps:
         distiller.train()
-        for group in grouped(run.batches(state.epoch, state.batch), accumulate):
+        for group in grouped(next(epochs), accumulate):
             lr = plan.learning_rate(state.epoch, state.step)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = lr
@@ -162,6 +163,7 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
         save(run, distiller, optimizer, scaler, state)
         saved = time.monotonic()
 
+    del epochs  # and the workers that read them
     done = state.step >= total_steps
     if not done:
         save(run, distiller, optimizer, scaler, state)

@@ -4,13 +4,15 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from itertools import count, islice
 
 import torch
 from filelock import FileLock
 
 from datasets import Augmentation, Classes, SceneDataset, open_split, use_cache
-from datasets.loading import Batches, training_batches
+from datasets.loading import Batch, Batches, training_batches
 from errors import UserError
 from files import acquire, remove_temporaries
 from train import distributed
@@ -74,14 +76,31 @@ class Run:
                 use_cache(self.train_set)
                 use_cache(self.val_set)
 
-    def batches(self, epoch: int, steps_done: int = 0) -> Batches:
-        """This process's micro-batches of an epoch, without those of the steps that are done."""
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of this process."""
+        return sum(1 for _ in self.batches([1]).keys)
+
+    def epochs(self, epoch: int, steps_done: int = 0) -> Iterator[Iterable[Batch]]:
+        """This process's micro-batches, epoch after epoch; of the first, those of the steps to do.
+
+        They are one stream: workers are started once, and read on while the run validates.
+        """
+        done = steps_done * self.options.hardware.accumulate
+        stream = iter(self.batches(count(epoch), done))
+        whole = self.batches_per_epoch
+        while True:
+            yield islice(stream, max(whole - done, 0))
+            done = 0
+
+    def batches(self, epochs: Iterable[int], start: int = 0) -> Batches:
+        """This process's micro-batches of epochs, of the first one from number `start` on."""
         return training_batches(
             self.train_set,
             batch_size=self.micro_batch_size,
             seed=self.options.recipe.seed,
-            epoch=epoch,
-            start=steps_done * self.options.hardware.accumulate,
+            epochs=epochs,
+            start=start,
             num_workers=self.options.data.num_workers,
             pin_memory=self.is_cuda,
             rank=distributed.rank(),
