@@ -127,8 +127,10 @@ class Batches:
 
 
 def follow_main_process(worker: int) -> None:
-    """Let the main process alone end a worker: Ctrl-C reaches every process of a terminal."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let the main process alone end a worker: terminals and schedulers signal every process."""
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):  # Windows has the first alone
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if sys.platform == "linux":
         # Else, where the main process is killed, a worker waits for ever at a full pipe.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

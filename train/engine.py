@@ -89,7 +89,7 @@ def train(distiller: Distiller, run: Run, teacher: SegmentationModel | None = No
 
     signals = remember_signals()
     epochs = run.epochs(state.epoch, state.batch)
-    while state.step < total_steps:
+    while state.step < total_steps and not distributed.any_process(bool(signals)):
         distiller.train()
         for group in grouped(next(epochs), accumulate):
             lr = plan.learning_rate(state.epoch, state.step)
